@@ -1,0 +1,105 @@
+"""GIN: redraw the appearance of a batch with a random, untrained, shallow convolutional network.
+
+"Global Intensity Non-linear augmentation", Ouyang et al., IEEE TMI 2022 (arXiv 2111.12525), as
+FedGIN uses it (arXiv 2508.05137): shapes and edges stay, intensities and textures change, so a
+model that trains on redrawn images cannot lean on what tells CT from MRI. Labels stay as they are.
+
+    import torch
+    from gin import gin
+    scans = torch.randn(2, 1, 32, 32, 32)  # (B, C, D, H, W); 1D and 2D work just as well
+    redrawn = gin(scans)  # (2, 1, 32, 32, 32), each image by a network of its own
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+CONVOLUTION = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}  # by the number of spatial axes
+
+
+@torch.no_grad()
+def gin(
+    x: Tensor,
+    *,
+    n_layers: int = 4,
+    hidden_channels: int = 2,
+    kernel_sizes: tuple[int, ...] = (1, 3),
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Blend every image of a batch with what a random network makes of it, and restore its norm.
+
+        m = α · g(x) + (1 − α) · x,   α ~ U(0, 1) for each image
+        output = m · ‖x‖ / (‖m‖ + 1e-5)   with Frobenius norms over channels and space
+
+    g has n_layers convolutions, C → hidden_channels → … → C. A layer draws its kernel size from
+    kernel_sizes, and for each image kernels and biases from N(0, 1); LeakyReLU follows every layer
+    but the last. All draws come from `generator` (the CPU's default one if None) and none of them
+    makes the accelerator wait. Gradients do not flow through.
+
+    x: (B, C, *space) with 1 to 3 spatial axes, floating point. Returns the same shape, dtype and
+    device; the arithmetic is float32, under autocast too. Raises ValueError for any other x or for
+    even kernel sizes, which would shift the image.
+    """
+    if x.ndim - 2 not in CONVOLUTION or not x.is_floating_point():
+        raise ValueError(
+            f"gin needs floats of shape (B, C, *space), not {x.dtype} {tuple(x.shape)}"
+        )
+    if n_layers < 1 or hidden_channels < 1 or any(k < 1 or k % 2 == 0 for k in kernel_sizes):
+        raise ValueError("gin needs n_layers ≥ 1, hidden_channels ≥ 1 and odd kernel sizes")
+    with torch.autocast(x.device.type, enabled=False):
+        image = x.float()
+        channels = [x.shape[1]] + [hidden_channels] * (n_layers - 1) + [x.shape[1]]
+        g = _random_network(image, channels, kernel_sizes, generator)
+        alpha = _draw(torch.rand, (len(x),) + (1,) * (x.ndim - 1), x.device, generator)
+        mixed = alpha * g + (1 - alpha) * image
+        return (mixed * (_norm(image) / (_norm(mixed) + 1e-5))).to(x.dtype)
+
+
+class GIN(nn.Module):
+    """`gin` as a layer: redraws each image with probability p; the identity in eval mode.
+
+    The other arguments are gin's own. Input and output: (B, C, *space), same dtype and device.
+    """
+
+    def __init__(self, p: float = 1.0, **settings) -> None:
+        super().__init__()
+        if not 0 <= p <= 1:
+            raise ValueError(f"p is a probability between 0 and 1, not {p}")
+        self.p, self.settings = p, settings
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        redrawn = gin(x, **self.settings)
+        if self.p == 1:
+            return redrawn
+        shape, generator = (len(x),) + (1,) * (x.ndim - 1), self.settings.get("generator")
+        return torch.where(_draw(torch.rand, shape, x.device, generator) < self.p, redrawn, x)
+
+
+def _random_network(h: Tensor, channels: list, kernel_sizes: tuple, generator) -> Tensor:
+    """Send each image of (B, C, *space) through random convolutions and LeakyReLUs of its own."""
+    batch, space = len(h), h.shape[2:]
+    for layer, (c_in, c_out) in enumerate(zip(channels, channels[1:], strict=False)):
+        k = kernel_sizes[int(_draw(torch.randint, (1,), "cpu", generator, len(kernel_sizes)))]
+        kernels = _draw(torch.randn, (batch * c_out, c_in) + (k,) * len(space), h.device, generator)
+        biases = _draw(torch.randn, (batch * c_out,), h.device, generator)
+        if layer > 0:
+            h = F.leaky_relu_(h, 0.01)
+        # The images side by side as channels of one image, each in a group of its own: one call,
+        # and no kernel ever sees two images.
+        h = h.reshape(1, batch * c_in, *space)
+        h = CONVOLUTION[len(space)](h, kernels, biases, padding=k // 2, groups=batch)
+    return h.reshape(batch, channels[-1], *space)
+
+
+def _draw(sampler, shape: tuple, device, generator, *bounds) -> Tensor:
+    """Draw where the generator lives, so that one seed gives the same numbers on every device."""
+    source = generator.device if generator is not None else "cpu"
+    drawn = sampler(*bounds, shape, generator=generator, device=source)
+    return drawn.to(device, non_blocking=True)
+
+
+def _norm(x: Tensor) -> Tensor:
+    """Frobenius norm of each image over channels and space, shaped to broadcast over x."""
+    return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True)

@@ -1,0 +1,168 @@
+"""GIN against a plain loop over images, and its promises: norm, dtype, device, randomness."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from gin import GIN, gin
+
+
+def plain_gin(x, seed, n_layers=4, hidden=2, kernel_sizes=(1, 3)):
+    """The formula of the paper, image by image, with the same random numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    batch, c = x.shape[:2]
+    conv = [F.conv1d, F.conv2d, F.conv3d][x.ndim - 3]
+    channels = [c] + [hidden] * (n_layers - 1) + [c]
+    layers = []
+    for c_in, c_out in zip(channels, channels[1:], strict=False):
+        k = kernel_sizes[torch.randint(len(kernel_sizes), (1,), generator=generator).item()]
+        kernels = torch.randn(batch * c_out, c_in, *[k] * (x.ndim - 2), generator=generator)
+        biases = torch.randn(batch * c_out, generator=generator)
+        layers.append((k, kernels.split(c_out), biases.split(c_out)))
+    alphas = torch.rand(batch, generator=generator)
+    outputs = []
+    for i in range(batch):
+        h = x[i : i + 1].double()
+        for n, (k, kernels, biases) in enumerate(layers):
+            h = conv(h, kernels[i].double(), biases[i].double(), padding=k // 2)
+            if n < n_layers - 1:
+                h = torch.where(h > 0, h, 0.01 * h)
+        m = alphas[i] * h + (1 - alphas[i]) * x[i]
+        norm_x, norm_m = (math.sqrt((t.double() ** 2).sum()) for t in (x[i], m))
+        outputs.append(m * norm_x / (norm_m + 1e-5))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 40), (2, 3, 9, 14), (3, 1, 8, 7, 10), (1, 2, 5, 6, 7)])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_equals_the_plain_loop(shape, seed):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(9))
+    expected = plain_gin(x, seed)
+    redrawn = gin(x, generator=torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(redrawn.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_settings_reach_the_network():
+    x = torch.randn(2, 1, 6, 6, 6, generator=torch.Generator().manual_seed(9))
+    settings = {"n_layers": 2, "hidden_channels": 5, "kernel_sizes": (5,)}
+    expected = plain_gin(x, 3, n_layers=2, hidden=5, kernel_sizes=(5,))
+    redrawn = gin(x, generator=torch.Generator().manual_seed(3), **settings)
+    torch.testing.assert_close(redrawn.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_keeps_the_norm_of_each_image_and_changes_it():
+    x = torch.randn(4, 1, 12, 12, 12) * torch.tensor([1e-2, 1, 10, 1e3]).view(4, 1, 1, 1, 1)
+    redrawn = gin(x)
+    torch.testing.assert_close(
+        redrawn.flatten(1).norm(dim=1), x.flatten(1).norm(dim=1), rtol=1e-3, atol=0
+    )
+    assert ((redrawn - x).flatten(1).norm(dim=1) > 0.01 * x.flatten(1).norm(dim=1)).any()
+
+
+def test_each_image_has_a_network_of_its_own():
+    x = torch.randn(1, 1, 8, 8, 8).expand(4, -1, -1, -1, -1)
+    redrawn = gin(x, generator=torch.Generator().manual_seed(0))
+    for i in range(4):
+        for j in range(i):
+            assert not torch.allclose(redrawn[i], redrawn[j], rtol=0.01)
+
+
+def test_statistics_of_the_draws():
+    """One linear layer with kernel 1 can be undone, which gives α, the kernel and the bias back."""
+    n, x = 20000, torch.tensor([[[2.0, 1.0, 0.0]]], dtype=torch.float64)
+    torch.manual_seed(0)
+    replay = torch.random.get_rng_state()
+    redrawn = gin(x.expand(n, 1, 3), n_layers=1, kernel_sizes=(1,))[:, 0].double()
+    torch.random.set_rng_state(replay)
+    torch.randint(1, (1,))
+    kernel, bias, alpha = torch.randn(n), torch.randn(n), torch.rand(n)
+    m = alpha[:, None] * (kernel[:, None] * x[0] + bias[:, None]) + (1 - alpha[:, None]) * x[0]
+    expected = m * 5**0.5 / (m.norm(dim=1, keepdim=True) + 1e-5)
+    torch.testing.assert_close(redrawn, expected, rtol=1e-3, atol=1e-4)
+    for draws, mean, variance in ((kernel, 0, 1), (bias, 0, 1), (alpha, 0.5, 1 / 12)):
+        assert abs(draws.mean() - mean) < 0.03
+        assert abs(draws.var() - variance) < 0.03
+
+
+def test_kernel_sizes_are_drawn_evenly():
+    torch.manual_seed(0)
+    impulse = torch.tensor([[[0.0, 0.0, 1.0, 0.0, 0.0]]])
+    reached = 0
+    for _ in range(400):
+        redrawn = gin(impulse, n_layers=1)[0, 0]
+        reached += bool((redrawn[1] - redrawn[0]).abs() > 1e-4)  # a kernel of 3 reaches neighbours
+    assert 160 < reached < 240
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_dtype_is_kept_and_arithmetic_is_float32(dtype):
+    x = torch.randn(2, 1, 8, 8, 8).to(dtype)
+    redrawn = gin(x, generator=torch.Generator().manual_seed(0))
+    assert redrawn.dtype == dtype
+    assert redrawn.shape == x.shape
+    in_float32 = gin(x.float(), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(redrawn, in_float32.to(dtype))
+
+
+def test_autocast_changes_nothing():
+    x = torch.randn(2, 1, 8, 8, 8)
+    expected = gin(x, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(gin(x, generator=torch.Generator().manual_seed(0)), expected)
+
+
+def test_zero_image_stays_finite_and_input_untouched():
+    x = torch.zeros(2, 1, 6, 6, 6)
+    assert torch.equal(gin(x), torch.zeros_like(x))
+    x = torch.randn(2, 1, 6, 6)
+    copy = x.clone()
+    gin(x)
+    assert torch.equal(x, copy)
+
+
+def test_no_gradient():
+    x = torch.randn(1, 1, 6, 6, requires_grad=True)
+    assert not gin(x).requires_grad
+
+
+def test_non_contiguous_input():
+    x = torch.randn(2, 1, 6, 7, 8).transpose(2, 4)
+    one, two = (torch.Generator().manual_seed(0) for _ in range(2))
+    torch.testing.assert_close(gin(x, generator=one), gin(x.contiguous(), generator=two))
+
+
+@pytest.mark.parametrize(
+    "x", [torch.zeros(4, 4), torch.zeros(1, 1, 2, 2, 2, 2), torch.zeros(1, 1, 4, dtype=torch.int64)]
+)
+def test_bad_input_is_refused(x):
+    with pytest.raises(ValueError, match="floats of shape"):
+        gin(x)
+
+
+def test_even_kernels_are_refused():
+    with pytest.raises(ValueError, match="odd kernel sizes"):
+        gin(torch.zeros(1, 1, 4), kernel_sizes=(2,))
+
+
+def test_module_is_the_identity_in_eval_mode_and_at_p_0():
+    x = torch.randn(2, 1, 6, 6, 6)
+    assert GIN().eval()(x) is x
+    assert GIN(p=0)(x) is x
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        GIN(p=1.5)
+
+
+def test_module_redraws_a_share_p():
+    x = torch.randn(2000, 1, 4)
+    layer = GIN(p=0.3, generator=torch.Generator().manual_seed(1))
+    redrawn = (layer(x) != x).any(dim=-1).float().mean()
+    assert abs(redrawn - 0.3) < 0.04
+    assert (GIN()(x) != x).any(dim=-1).all()
+
+
+def test_module_equals_the_function():
+    x = torch.randn(2, 1, 6, 6, 6)
+    layer = GIN(n_layers=3, generator=torch.Generator().manual_seed(4))
+    assert torch.equal(layer(x), gin(x, n_layers=3, generator=torch.Generator().manual_seed(4)))
