@@ -106,7 +106,7 @@ def train_locally(
     float32 logits. Raises ValueError if there is no batch.
     """
     device = next(model.parameters()).device
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
     losses = []
     model.train()
     for inputs, targets in batches:

@@ -10,6 +10,8 @@ model that trains on redrawn images cannot lean on what tells CT from MRI. Label
     redrawn = gin(scans)  # (2, 1, 32, 32, 32), each image by a network of its own
 """
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -80,7 +82,7 @@ class GIN(nn.Module):
 def _random_network(h: Tensor, channels: list, kernel_sizes: tuple, generator) -> Tensor:
     """Send each image of (B, C, *space) through random convolutions and LeakyReLUs of its own."""
     batch, space = len(h), h.shape[2:]
-    for layer, (c_in, c_out) in enumerate(zip(channels, channels[1:], strict=False)):
+    for layer, (c_in, c_out) in enumerate(itertools.pairwise(channels)):
         k = kernel_sizes[int(_draw(torch.randint, (1,), "cpu", generator, len(kernel_sizes)))]
         kernels = _draw(torch.randn, (batch * c_out, c_in) + (k,) * len(space), h.device, generator)
         biases = _draw(torch.randn, (batch * c_out,), h.device, generator)

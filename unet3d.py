@@ -30,7 +30,7 @@ class UNet3D(nn.Module):
             raise ValueError("in_channels, out_channels, width and depth must be at least 1")
         channels = [width * 2**i for i in range(depth)]
         self.encoders = nn.ModuleList(
-            _block(c_in, c) for c_in, c in zip([in_channels] + channels, channels, strict=False)
+            _block(c_in, c) for c_in, c in zip([in_channels, *channels], channels, strict=False)
         )
         self.upsamplers = nn.ModuleList(
             nn.ConvTranspose3d(2 * c, c, kernel_size=2, stride=2) for c in channels[:-1]

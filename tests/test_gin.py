@@ -1,5 +1,6 @@
 """GIN against a plain loop over images, and its promises: norm, dtype, device, randomness."""
 
+import itertools
 import math
 
 import pytest
@@ -16,7 +17,7 @@ def plain_gin(x, seed, n_layers=4, hidden=2, kernel_sizes=(1, 3)):
     conv = [F.conv1d, F.conv2d, F.conv3d][x.ndim - 3]
     channels = [c] + [hidden] * (n_layers - 1) + [c]
     layers = []
-    for c_in, c_out in zip(channels, channels[1:], strict=False):
+    for c_in, c_out in itertools.pairwise(channels):
         k = kernel_sizes[torch.randint(len(kernel_sizes), (1,), generator=generator).item()]
         kernels = torch.randn(batch * c_out, c_in, *[k] * (x.ndim - 2), generator=generator)
         biases = torch.randn(batch * c_out, generator=generator)
