@@ -1,0 +1,522 @@
+"""FedGIN: train one 3D organ segmentation model at hospitals that hold CT or MRI and share neither.
+
+The experiment of arXiv 2508.05137: federated averaging (federated.py) of a U-Net (unet3d.py) that
+trains on scans redrawn by GIN (gin.py), beside the arms that it is compared with.
+
+    python fedgin.py --scenario limited                      # phantoms, a few minutes on a CPU
+    python fedgin.py --scenario complete --ct DIR --mri DIR  # scans, best on a GPU
+"""
+
+import argparse
+import csv
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import data
+import phantom
+from data import Case, DataError, Volume
+from evaluate import mean_dice, score_case, sliding_window, summarize, table
+from federated import federated_rounds, train_locally
+from gin import GIN
+from unet3d import UNet3D
+
+
+class Arm(NamedTuple):
+    modalities: tuple[str, ...]  # whose hospitals take part
+    pooled: bool  # their cases in one place, instead of federated averaging
+    gin: bool
+
+
+ARMS = {
+    "mri-only": Arm(("mri",), pooled=False, gin=False),
+    "ct-only": Arm(("ct",), pooled=False, gin=False),
+    "centralized": Arm(("mri", "ct"), pooled=True, gin=False),
+    "fl": Arm(("mri", "ct"), pooled=False, gin=False),
+    "fedgin": Arm(("mri", "ct"), pooled=False, gin=True),
+}
+ARMS |= {f"{n}+gin": ARMS[n]._replace(gin=True) for n in ("mri-only", "ct-only", "centralized")}
+
+SCENARIOS = {  # the arms that run without --arms
+    "limited": ("mri-only", "fl", "fedgin", "centralized+gin"),
+    "complete": ("mri-only", "ct-only", "fl", "fedgin", "centralized+gin"),
+}
+RATIOS = {"1:1": 1, "1:2": 2, "1:5": 5, "all": math.inf}  # CT training cases for each MRI one
+PHANTOMS = {"train": range(12), "val": range(12, 16), "test": range(16, 24)}  # of each modality
+SCANS = {"rounds": 100, "local_steps": 50, "patch": 96, "width": 32, "depth": 5, "lr": 1e-3}
+
+
+def flag(default, text: str, **more):
+    """A field of Config that is a flag too; `more` goes to argparse's add_argument."""
+    return dataclasses.field(default=default, metadata={"help": text, **more})
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All that a run depends on. Each field is a flag; SCANS overrides the defaults for scans."""
+
+    scenario: str = flag(
+        "limited",
+        "limited: few MRI training cases, CT added by --ratios; complete: all there is",
+        choices=SCENARIOS,
+    )
+    arms: tuple = flag((), "what to compare (default: the scenario's own)", choices=ARMS)
+    ratios: tuple = flag(("1:5",), "MRI : CT training cases, if limited", choices=RATIOS)
+    mri_cases: int = flag(2, "MRI training cases, if limited")
+    seeds: tuple = flag((42,), "one repetition each, reported as mean ± deviation", type=int)
+    ct: tuple = flag((), "folders of CT scans, each a hospital", metavar="DIR")
+    mri: tuple = flag((), "folders of MRI scans, each a hospital", metavar="DIR")
+    test: tuple = flag((), "folders to test on, never trained on", metavar="DIR")
+    organs: tuple = flag(data.ORGANS, "what to segment", choices=data.ORGANS)
+    spacing: float = flag(2.0, "voxel size, mm, to which scans are resampled")
+    rounds: int = flag(30, "federated rounds")
+    local_steps: int = flag(20, "batches that a hospital trains each round, whatever its size")
+    batch_size: int = flag(2, "patches a batch")
+    patch: int = flag(32, "width of a patch, voxels")
+    width: int = flag(8, "channels at the U-Net's first level")
+    depth: int = flag(4, "levels of the U-Net; 2^(depth − 1) must divide --patch")
+    lr: float = flag(4e-3, "first learning rate; round t of T has (1 − (t − 1) / T)^0.9 of it")
+    gin_probability: float = flag(1.0, "share of images that GIN redraws, in arms that use it")
+    out: str = flag("", "folder for the results (default: runs/SCENARIO)", metavar="DIR")
+
+
+class Hospital(NamedTuple):
+    name: str
+    modality: str
+    train: Sequence[Volume]
+    val: Sequence[Volume]
+    test: Sequence[Volume]
+
+
+class Client(NamedTuple):
+    """Who trains: a hospital with the cases that the scenario gives it, or all hospitals pooled."""
+
+    cases: Sequence[Volume]
+    steps: int  # batches a round
+
+
+# -------------------------------------------------------------------------------- training an arm
+
+
+def train_arm(config: Config, arm: Arm, clients: dict[str, Client], seed: int, device) -> Iterator:
+    """Train one arm by FedAvg, yielding (round, mean loss, model) after each round."""
+    with torch.random.fork_rng(devices=[]):  # all arms of a seed start from these weights
+        torch.manual_seed(seed)
+        model = UNet3D(1, len(config.organs) + 1, config.width, config.depth)
+    model.to(device, memory_format=torch.channels_last_3d)
+    losses = {name: segmentation_loss(c.cases, config, device) for name, c in clients.items()}
+
+    def train(name: str, round_: int) -> float:
+        cases, steps = clients[name]
+        augment: nn.Module = nn.Identity()
+        if arm.gin:
+            augment = GIN(config.gin_probability, generator=generator(seed, round_, name, "gin"))
+        draws = generator(seed, round_, name, "patches")
+        batches = data.patches(cases, config.patch, config.batch_size, steps, draws)
+        return train_locally(
+            model,
+            ((augment(images.to(device)), labels.to(device)) for images, labels in batches),
+            losses[name],
+            lr=config.lr * (1 - (round_ - 1) / config.rounds) ** 0.9,
+            autocast=mixed_precision(device),
+        )
+
+    n_k = {name: len(client.cases) for name, client in clients.items()}
+    for round_, loss in federated_rounds(model, n_k, train, config.rounds):
+        yield round_, sum(loss.values()) / len(loss), model
+
+
+def generator(*key) -> torch.Generator:
+    """Random numbers that depend on nothing but the key: seed, round, hospital and purpose."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+
+def segmentation_loss(cases: Sequence[Volume], config: Config, device: torch.device):
+    """Cross-entropy + soft Dice over the organs: (logits, labels) → scalar.
+
+    The cross-entropy weights a class by 1 / √(its share of the client's training voxels): with
+    equal weights small organs now and then vanish from the prediction for good.
+    """
+    classes = len(config.organs) + 1
+    counts = sum(np.bincount(case.labels.ravel(), minlength=classes) for case in cases)
+    weight = torch.from_numpy(counts).clamp(min=1).float().rsqrt().to(device)
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        probabilities = logits.softmax(dim=1)  # (B, classes, D, H, W)
+        truth = F.one_hot(labels, classes).movedim(-1, 1)
+        overlap = (probabilities * truth).sum((0, 2, 3, 4))
+        size = probabilities.sum((0, 2, 3, 4)) + truth.sum((0, 2, 3, 4))
+        dice = ((2 * overlap + 1) / (size + 1))[1:].mean()
+        return F.cross_entropy(logits, labels, weight) + 1 - dice
+
+    return loss
+
+
+def mixed_precision(device: torch.device) -> torch.dtype | None:
+    """bfloat16 where the GPU computes in it; None, that is float32, elsewhere."""
+    capable = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if capable else None
+
+
+# ---------------------------------------------------------------------------- validation and tests
+
+
+def predict(model: nn.Module, case: Volume, patch: int, device, size) -> np.ndarray:
+    """Label map of a case, brought from the model's grid to `size` voxels."""
+    dtype = mixed_precision(device)
+    model.eval()
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+        logits = sliding_window(model, torch.tensor(case.image)[None].to(device), patch)
+    return data.resample_labels(logits, size)
+
+
+def validate(config: Config, model: nn.Module, hospitals, modality: str, device) -> float:
+    """Mean Dice of a modality's validation cases, on the model's grid.
+
+    Training cases stand in at a hospital that has no validation case.
+    """
+    scores = []
+    for case in (c for h in hospitals if h.modality == modality for c in h.val or h.train):
+        labels = predict(model, case, config.patch, device, case.labels.shape)
+        scores.append(score_case(labels, case.labels, config.organs))
+    return mean_dice(scores)
+
+
+def test(config: Config, model: nn.Module, hospitals: Sequence[Hospital], device) -> list[dict]:
+    """Dice by organ of every test case, on the scan's own grid."""
+    results = []
+    for hospital in hospitals:
+        for case in hospital.test:
+            labels = predict(model, case, config.patch, device, case.truth.shape)
+            scores = score_case(labels, case.truth, config.organs)
+            where = {"hospital": hospital.name, "modality": hospital.modality, "case": case.id}
+            results.append({**where, "dice": scores})
+    return results
+
+
+# ---------------------------------------------------------------------------- hospitals and clients
+
+
+def phantom_hospitals(config: Config, seed: int) -> list[Hospital]:
+    """An MRI and a CT hospital that hold phantoms of this seed."""
+    new_label = np.zeros(len(phantom.ORGANS) + 1, dtype=np.uint8)
+    for label, organ in enumerate(config.organs, start=1):
+        new_label[phantom.ORGANS.index(organ) + 1] = label
+
+    def case(modality: str, index: int) -> Volume:
+        image, labels = phantom.phantom(seed, modality, index)
+        image, labels = data.normalize(image, modality), new_label[labels]
+        spacing = (phantom.SPACING,) * 3
+        return data.make_volume(f"phantom{index:02d}", image, labels, labels, spacing)
+
+    return [
+        Hospital(m, m, *([case(m, index) for index in part] for part in PHANTOMS.values()))
+        for m in ("mri", "ct")
+    ]
+
+
+def find_hospitals(config: Config) -> list[tuple[str, str, list[Case], bool]]:
+    """(name, modality, cases, test only) of each folder given; one of --test may hold both."""
+    found = [
+        (f, m, data.find_cases(f, m), False) for m in ("mri", "ct") for f in getattr(config, m)
+    ]
+    for folder in config.test:
+        cases = data.find_cases(folder)
+        for m in sorted({case.modality for case in cases}):
+            found.append((folder, m, [case for case in cases if case.modality == m], True))
+    data.check_organs({folder: cases for folder, _, cases, _ in found}, config.organs)
+    names = [Path(folder).resolve().name for folder, *_ in found]
+    names = [n if names.count(n) == 1 else f"{n}-{i}" for i, n in enumerate(names, start=1)]
+    return [(name, *rest) for name, (_, *rest) in zip(names, found, strict=True)]
+
+
+def scan_hospitals(config: Config, seed: int, found: list, volumes: dict) -> list[Hospital]:
+    """The hospitals of find_hospitals with their cases split as the seed says."""
+    hospitals = []
+    for name, modality, cases, test_only in found:
+        parts = {"train": [], "val": [], "test": cases}
+        if not test_only:
+            parts = data.split_cases(cases, seed, test_elsewhere=bool(config.test))
+        parts = {part: [volumes[case.image] for case in cases] for part, cases in parts.items()}
+        hospitals.append(Hospital(name, modality, **parts))
+    return hospitals
+
+
+def load_hospitals(config: Config) -> dict[int, list[Hospital]]:
+    """The hospitals of each seed; every scan is read once."""
+    if not (config.ct or config.mri):
+        return {seed: phantom_hospitals(config, seed) for seed in config.seeds}
+    found = find_hospitals(config)
+    cases = [case for _, _, cases, _ in found for case in cases]
+    volumes = {}
+    for case in tqdm(cases, desc="reading scans", unit="scan"):
+        volumes[case.image] = data.load_case(case, config.organs, config.spacing)
+    return {seed: scan_hospitals(config, seed, found, volumes) for seed in config.seeds}
+
+
+def choose_clients(config: Config, label: str, hospitals: Sequence[Hospital]) -> dict[str, Client]:
+    """Who trains in an arm; raises DataError if one of its modalities has no training case.
+
+    label: the arm and, behind a space, the ratio at which CT is added to few MRI cases.
+    """
+    name, _, ratio = label.partition(" ")
+    arm, wanted = ARMS[name], {"mri": math.inf, "ct": math.inf}
+    if config.scenario == "limited":
+        n_mri = min(config.mri_cases, sum(len(h.train) for h in hospitals if h.modality == "mri"))
+        wanted = {"mri": n_mri, "ct": n_mri * RATIOS[ratio or config.ratios[0]]}
+    chosen: dict[str, list[Volume]] = {}
+    for modality in arm.modalities:
+        holders = [h for h in hospitals if h.modality == modality and h.train]
+        if not holders or not wanted[modality]:
+            raise DataError(
+                f"arm {name} needs {modality.upper()} training cases and there are none; give "
+                f"folders with --{modality} or choose other --arms"
+            )
+        # In turns, so that a small share of the cases still comes from every hospital.
+        turns = sorted((i, h) for h, holder in enumerate(holders) for i in range(len(holder.train)))
+        for i, h in turns[: int(min(wanted[modality], len(turns)))]:
+            chosen.setdefault(holders[h].name, []).append(holders[h].train[i])
+    if arm.pooled:
+        pool = [case for cases in chosen.values() for case in cases]
+        return {"pooled": Client(pool, config.local_steps * len(chosen))}
+    return {name: Client(cases, config.local_steps) for name, cases in chosen.items()}
+
+
+# -------------------------------------------------------------------------------------- the command
+
+
+def run(config: Config) -> None:
+    """Train and test every arm with every seed, and write the results to config.out."""
+    out = Path(config.out)
+    if (out / "config.json").exists():
+        raise DataError(f"{out}: already holds a run; choose another --out or remove that folder")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(describe(config, device))
+    hospitals = load_hospitals(config)
+    plan = [
+        (seed, label, choose_clients(config, label, hospitals[seed]))
+        for seed in config.seeds
+        for label in run_labels(config)
+    ]
+    for _, label, clients in plan[: len(plan) // len(config.seeds)]:
+        shares = (f"{name} {len(client.cases)}" for name, client in clients.items())
+        print(f"{label + ':':20} training cases: {', '.join(shares)}")
+    out.mkdir(parents=True, exist_ok=True)
+    save_config(config, hospitals)
+    results: list[dict] = []
+    for seed, label, clients in plan:
+        model = fit(config, label, clients, hospitals[seed], seed, device)
+        scores = test(config, model, hospitals[seed], device)
+        results += [{"seed": seed, "arm": label, **score} for score in scores]
+        write(out / "results.json", json.dumps(results, indent=1))
+    summary = summarize(results, config.organs)
+    report = "\n\n".join([title(config), table(summary, config.organs), in_words(summary)])
+    write(out / "results.md", report + "\n")
+    print(f"\n{report}\n\nEverything is in {out}{os.sep}")
+
+
+def fit(config: Config, label: str, clients, hospitals, seed: int, device) -> nn.Module:
+    """Train an arm behind a progress bar; return the model of the best validation Dice, saved."""
+    arm, out, best = ARMS[label.split(maxsplit=1)[0]], Path(config.out), (-math.inf, 0, {})
+    with tqdm(total=config.rounds, desc=f"{label}, seed {seed}", unit="round") as bar:
+        for round_, loss, model in train_arm(config, arm, clients, seed, device):
+            dice = {m: validate(config, model, hospitals, m, device) for m in arm.modalities}
+            mean = sum(dice.values()) / len(dice)
+            if mean > best[0] or not best[2]:
+                weights = {key: w.cpu().clone() for key, w in model.state_dict().items()}
+                best = mean, round_, weights
+            append_history(out / "history.csv", seed, label, round_, loss, dice)
+            shown = {f"val_{m}": f"{d:.3f}" for m, d in dice.items()}
+            bar.set_postfix(loss=f"{loss:.3f}", **shown, refresh=False)
+            bar.update()
+    model.load_state_dict(best[2])
+    name = label.replace(":", "-").replace(" ", "-") + f"-seed{seed}" * (len(config.seeds) > 1)
+    checkpoint = dict(zip(("val_dice", "round", "weights"), best, strict=True))
+    checkpoint |= {"arm": label, "seed": seed, "config": dataclasses.asdict(config)}
+    torch.save(checkpoint, out / f"{name}.pt.tmp")
+    os.replace(out / f"{name}.pt.tmp", out / f"{name}.pt")
+    return model
+
+
+def run_labels(config: Config) -> list[str]:
+    """The arms to run; the ratio stands behind those that differ by it, if there are several."""
+    if config.scenario == "complete" or len(config.ratios) == 1:
+        return list(config.arms)
+    return [
+        f"{name} {ratio}".strip()
+        for name in config.arms
+        for ratio in (config.ratios if "ct" in ARMS[name].modalities else [""])
+    ]
+
+
+def on_phantoms(config: Config) -> bool:
+    return not (config.ct or config.mri)
+
+
+def title(config: Config) -> str:
+    ratios = f", MRI : CT {' '.join(config.ratios)}" if config.scenario == "limited" else ""
+    source = "PHANTOMS (synthetic volumes, not patients)" if on_phantoms(config) else "scans"
+    seeds = " ".join(map(str, config.seeds))
+    return f"## Test Dice, {config.scenario} scenario{ratios}, seeds {seeds}: {source}"
+
+
+def in_words(summary: dict) -> str:
+    """FedGIN against FL, the best local arm and centralized+gin: the paper's three comparisons."""
+
+    def dice(arm: str, modality: str) -> float:
+        return summary[arm][modality][0]
+
+    lines = []
+    for fedgin in (arm for arm in summary if arm.split()[0] == "fedgin"):
+        ratio = fedgin.removeprefix("fedgin")
+        for modality in ("mri", "ct"):
+            locals_ = [a for a in summary if a.split()[0].split("+")[0] in ("mri-only", "ct-only")]
+            best_local = max(locals_, key=lambda a: dice(a, modality), default=None)
+            for name in ("fl" + ratio, best_local, "centralized+gin" + ratio):
+                if name in summary:
+                    ours, theirs = dice(fedgin, modality), dice(name, modality)
+                    lines.append(
+                        f"- {modality.upper()}: {fedgin} {ours:.3f}, {name} {theirs:.3f}: "
+                        f"{ours - theirs:+.3f}, {ours / theirs:.0%} of it"
+                    )
+    return "\n".join(lines)
+
+
+def describe(config: Config, device: torch.device) -> str:
+    """What this run is, for the reader's eyes: its data first, then every setting."""
+    first = "FedGIN on scans"
+    if on_phantoms(config):
+        first = (
+            "FedGIN on PHANTOMS: without --ct and --mri it trains on synthetic volumes, whose "
+            "figures say nothing about patients"
+        )
+    settings = [
+        f"  {key:16} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
+        for key, value in dataclasses.asdict(config).items()
+        if value != ()
+    ]
+    return "\n".join([first, *settings, f"  {'device':16} {device}, torch {torch.__version__}"])
+
+
+def save_config(config: Config, hospitals: dict[int, list[Hospital]]) -> None:
+    """Write config.json: settings, versions, and which case of which hospital went where."""
+    splits = {
+        seed: {h.name: {part: [c.id for c in getattr(h, part)] for part in PHANTOMS} for h in group}
+        for seed, group in hospitals.items()
+    }
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    content = {"config": dataclasses.asdict(config), "versions": versions, "splits": splits}
+    write(Path(config.out) / "config.json", json.dumps(content, indent=1))
+
+
+def append_history(path: Path, seed: int, label: str, round_: int, loss: float, dice: dict) -> None:
+    """Add a line to history.csv, and its header before the first."""
+    new = not path.exists()
+    with open(path, "a", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow(["seed", "arm", "round", "loss", "val_dice_mri", "val_dice_ct"])
+        writer.writerow([seed, label, round_, loss, dice.get("mri", ""), dice.get("ct", "")])
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise DataError(f"{message}; see python fedgin.py --help")
+
+
+def parse(argv: Sequence[str] | None) -> Config:
+    """Make a Config of the command line; raises DataError for values that cannot work."""
+    parser = Parser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    for field in dataclasses.fields(Config):
+        more = dict(field.metadata)
+        text = more.pop("help")
+        if field.default not in ((), ""):
+            shown = (
+                field.default
+                if not isinstance(field.default, tuple)
+                else " ".join(map(str, field.default))
+            )
+            text += f" (default: {shown}" + (
+                f"; on scans {SCANS[field.name]})" if field.name in SCANS else ")"
+            )
+        if isinstance(field.default, tuple):
+            more["nargs"] = "+"
+        else:
+            more["type"] = type(field.default)
+        parser.add_argument(
+            "--" + field.name.replace("_", "-"), help=text, default=argparse.SUPPRESS, **more
+        )
+    given = vars(parser.parse_args(argv))
+    given = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in given.items()
+    }
+    config = Config(**((SCANS if given.get("ct") or given.get("mri") else {}) | given))
+    config = dataclasses.replace(
+        config,
+        arms=config.arms or SCENARIOS[config.scenario],
+        out=config.out or f"runs/{config.scenario}",
+    )
+    check(config)
+    return config
+
+
+def check(config: Config) -> None:
+    """Raise DataError, naming the flag, for a value that cannot work."""
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), "--" + field.name.replace("_", "-")
+        if isinstance(value, tuple) and len(set(value)) < len(value):
+            raise DataError(f"{name} names something twice: {' '.join(map(str, value))}")
+        if field.name == "gin_probability":
+            if not 0 <= value <= 1:
+                raise DataError(f"{name} must lie between 0 and 1, not {value}")
+        elif isinstance(value, int | float) and not (value > 0 and math.isfinite(value)):
+            raise DataError(f"{name} must be a positive number, not {value}")
+    divisor = 2 ** (config.depth - 1)
+    if config.patch % divisor or config.patch == divisor:
+        raise DataError(
+            f"--patch {config.patch} does not fit --depth {config.depth}: it must be a multiple of "
+            f"{divisor}, and larger"
+        )
+    if config.test and not (config.ct or config.mri):
+        raise DataError("--test needs folders to train on; give --ct and --mri too")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        run(parse(argv))
+    except DataError as error:
+        print(f"fedgin.py: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        print(f"fedgin.py: the run failed: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,260 @@
+"""The command as a user meets it: arms, results, repeatability, and what it says of bad input."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import truncate, write_nnunet, write_totalsegmentator
+
+import fedgin
+from evaluate import dice
+from phantom import phantom
+
+TINY = ["--rounds", "2", "--local-steps", "2", "--batch-size", "1"]
+TINY += ["--patch", "32", "--width", "2", "--depth", "2"]
+ARMS = ["mri-only", "ct-only+gin", "fedgin", "centralized"]
+
+
+def command(*words):
+    return fedgin.main([*TINY, *map(str, words)])
+
+
+def config(*words):
+    return fedgin.parse([*TINY, *map(str, words)])
+
+
+@pytest.fixture(scope="module")
+def phantom_run(tmp_path_factory):
+    """Arms of each kind on phantoms, two ratios, two seeds."""
+    out = tmp_path_factory.mktemp("run") / "results"
+    words = ["--arms", *ARMS, "--ratios", "1:1", "all", "--seeds", "1", "2", "--out", out]
+    assert command(*words) == 0
+    return out
+
+
+def test_a_run_leaves_what_it_promises(phantom_run):
+    names = sorted(path.name for path in phantom_run.iterdir())
+    assert not [name for name in names if name.endswith(".tmp")]
+    assert {"config.json", "results.json", "results.md", "history.csv"} <= set(names)
+    saved = json.loads((phantom_run / "config.json").read_text())
+    assert saved["config"]["seeds"] == [1, 2]
+    assert len(saved["splits"]["1"]["ct"]["train"]) == 12
+    results = json.loads((phantom_run / "results.json").read_text())
+    arms = {f"{arm} {ratio}" for arm in ARMS[1:] for ratio in ("1:1", "all")}
+    assert {r["arm"] for r in results} == arms | {"mri-only"}
+    assert len(results) == 7 * 2 * 2 * 8  # arms, seeds, modalities, test cases
+    report = (phantom_run / "results.md").read_text()
+    assert "PHANTOMS" in report.splitlines()[0]
+    assert "| fedgin 1:1" in report
+    with (phantom_run / "history.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 7 * 2 * 2  # arms, seeds, rounds
+    assert {row["round"] for row in rows} == {"1", "2"}
+    assert all(np.isfinite(float(row["loss"])) for row in rows)
+    assert all((row["val_dice_ct"] == "") == row["arm"].startswith("mri") for row in rows)
+
+
+def test_a_checkpoint_gives_the_results_back(phantom_run):
+    checkpoint = torch.load(phantom_run / "fedgin-1-1-seed2.pt", weights_only=True)
+    settings = checkpoint["config"]
+    model = fedgin.UNet3D(1, 6, settings["width"], settings["depth"])
+    model.load_state_dict(checkpoint["weights"])
+    case = fedgin.phantom_hospitals(config(), 2)[0].test[0]
+    labels = fedgin.predict(model, case, settings["patch"], torch.device("cpu"), case.truth.shape)
+    [saved] = [
+        r["dice"]
+        for r in json.loads((phantom_run / "results.json").read_text())
+        if (r["arm"], r["seed"], r["case"]) == ("fedgin 1:1", 2, case.id) and r["modality"] == "mri"
+    ]
+    for label, (organ, value) in enumerate(saved.items(), start=1):
+        np.testing.assert_equal(dice(labels == label, case.truth == label), value, err_msg=organ)
+
+
+def test_the_same_command_twice_is_bit_identical_and_arms_do_not_touch_each_other(tmp_path):
+    command("--out", tmp_path / "a", "--arms", "fl", "fedgin")
+    command("--out", tmp_path / "b", "--arms", "fl", "fedgin")
+    command("--out", tmp_path / "c", "--arms", "mri-only", "fedgin")
+    a, b, c = (torch.load(tmp_path / x / "fedgin.pt", weights_only=True)["weights"] for x in "abc")
+    assert all(torch.equal(a[key], b[key]) and torch.equal(a[key], c[key]) for key in a)
+    assert (tmp_path / "a/results.json").read_text() == (tmp_path / "b/results.json").read_text()
+    fl = torch.load(tmp_path / "a/fl.pt", weights_only=True)["weights"]
+    assert not all(torch.equal(a[key], fl[key]) for key in a)
+
+
+def test_gin_probability_0_is_fl(tmp_path):
+    command("--out", tmp_path, "--arms", "fl", "fedgin", "--gin-probability", 0)
+    fl, fedgin_ = (torch.load(tmp_path / f"{a}.pt", weights_only=True) for a in ("fl", "fedgin"))
+    assert all(torch.equal(fl["weights"][key], fedgin_["weights"][key]) for key in fl["weights"])
+
+
+# ------------------------------------------------------------------------------- who trains on what
+
+
+def clients(label, *words):
+    settings = config(*words)
+    return fedgin.choose_clients(settings, label, fedgin.phantom_hospitals(settings, 1))
+
+
+def test_arms_and_ratios():
+    def shares(label, *words):
+        return {name: (len(c.cases), c.steps) for name, c in clients(label, *words).items()}
+
+    assert shares("mri-only") == {"mri": (2, 2)}
+    assert shares("ct-only") == {"ct": (10, 2)}
+    assert shares("fedgin") == shares("fl") == {"mri": (2, 2), "ct": (10, 2)}
+    assert shares("centralized+gin") == {"pooled": (12, 4)}
+    assert shares("fl 1:2", "--ratios", "1:1", "1:2") == {"mri": (2, 2), "ct": (4, 2)}
+    assert shares("fl", "--ratios", "all") == {"mri": (2, 2), "ct": (12, 2)}
+    assert shares("fl", "--mri-cases", 1) == {"mri": (1, 2), "ct": (5, 2)}
+    assert shares("fl", "--scenario", "complete") == {"mri": (12, 2), "ct": (12, 2)}
+
+
+def test_cases_come_from_the_hospitals_in_turns():
+    settings = config("--mri-cases", 3, "--ratios", "1:1")
+    mri, ct = fedgin.phantom_hospitals(settings, 1)
+    small = mri._replace(name="small", train=mri.train[5:6])
+    chosen = fedgin.choose_clients(settings, "fl", [mri, small, ct])
+    assert {name: len(c.cases) for name, c in chosen.items()} == {"mri": 2, "small": 1, "ct": 3}
+    assert fedgin.choose_clients(settings, "centralized", [mri, small, ct])["pooled"].steps == 6
+
+
+def test_an_arm_without_cases_is_refused():
+    settings = config()
+    only_mri = fedgin.phantom_hospitals(settings, 1)[:1]
+    with pytest.raises(fedgin.DataError, match="arm fl needs CT training cases .* --ct"):
+        fedgin.choose_clients(settings, "fl", only_mri)
+
+
+def test_organs_are_renumbered():
+    [mri, _] = fedgin.phantom_hospitals(config("--organs", "spleen", "liver"), 5)
+    labels = phantom(5, "mri", 0)[1]
+    np.testing.assert_array_equal(mri.train[0].labels == 1, labels == 3)
+    np.testing.assert_array_equal(mri.train[0].labels == 2, labels == 1)
+
+
+def test_class_weights_and_loss_by_hand():
+    """Weights 1 / √share, cross-entropy normalized by them, soft Dice of the organs alone."""
+    case = fedgin.phantom_hospitals(config(), 1)[0].train[0]
+    labels = np.zeros((2, 2, 4), np.uint8)
+    labels[0, 0] = 1  # a share of 4 in 16
+    case = case._replace(labels=labels)
+    settings = config("--organs", "liver")
+    loss = fedgin.segmentation_loss([case], settings, torch.device("cpu"))
+    logits = torch.randn(1, 2, 2, 2, 4, generator=torch.Generator().manual_seed(0))
+    p = torch.softmax(logits, 1)[0]
+    weight = {0: (16 / 12) ** 0.5, 1: (16 / 4) ** 0.5}
+    total, norm, overlap = 0.0, 0.0, 0.0
+    for index in np.ndindex(labels.shape):
+        label = int(labels[index])
+        total -= weight[label] * float(p[(label, *index)].log())
+        norm += weight[label]
+        overlap += float(p[(1, *index)]) * (label == 1)
+    soft_dice = (2 * overlap + 1) / (float(p[1].sum()) + 4 + 1)
+    expected = total / norm + 1 - soft_dice
+    assert loss(logits, torch.tensor(labels)[None].long()).item() == pytest.approx(
+        expected, rel=1e-5
+    )
+
+
+def test_draws_depend_on_seed_round_hospital_and_purpose_alone():
+    keys = [
+        (1, 1, "a", "gin"),
+        (2, 1, "a", "gin"),
+        (1, 2, "a", "gin"),
+        (1, 1, "b", "gin"),
+        (1, 1, "a", "x"),
+    ]
+    draws = [torch.rand(1, generator=fedgin.generator(*key)).item() for key in keys]
+    assert len(set(draws)) == len(keys)
+    assert draws[0] == torch.rand(1, generator=fedgin.generator(*keys[0])).item()
+
+
+# -------------------------------------------------------------------------------------- real scans
+
+
+def test_a_run_on_folders(tmp_path, ct_folder, mri_folder, capsys):
+    words = ["--ct", ct_folder, "--mri", mri_folder, "--spacing", 12, "--out", tmp_path / "out"]
+    assert command(*words, "--arms", "fedgin", "mri-only") == 0
+    shown = capsys.readouterr().out
+    assert "PHANTOM" not in shown
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert {(r["hospital"], r["case"]) for r in results if r["modality"] == "ct"} == {
+        ("ct_set", "s0003")
+    }
+    splits = json.loads((tmp_path / "out/config.json").read_text())["splits"]["42"]
+    assert {part: set(ids) for part, ids in splits["ct_set"].items()} == {
+        "train": {"s0000", "s0001"},
+        "val": {"s0002"},
+        "test": {"s0003"},
+    }
+
+
+def test_a_test_folder_is_only_tested_on(tmp_path, ct_folder, mri_folder):
+    held_out = write_totalsegmentator(tmp_path / "held_out", "mri", 2, seed=9)
+    words = ["--ct", ct_folder, "--mri", mri_folder, "--test", held_out, "--spacing", 12]
+    assert command(*words, "--arms", "fl", "--out", tmp_path / "out") == 0
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert {(r["hospital"], r["case"]) for r in results} == {
+        ("held_out", "s0000"),
+        ("held_out", "s0001"),
+    }
+    splits = json.loads((tmp_path / "out/config.json").read_text())["splits"]["42"]
+    assert (
+        splits["held_out"]["train"] == splits["held_out"]["val"] == splits["ct_set"]["test"] == []
+    )
+
+
+# --------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--scenario limitless", "invalid choice: 'limitless'"),
+        ("--arms fedgan", "invalid choice: 'fedgan'"),
+        ("--ratios 1:3", "invalid choice: '1:3'"),
+        ("--rounds many", "invalid int value: 'many'"),
+        ("--round 3", "unrecognized arguments: --round"),
+        ("--rounds 0", "--rounds must be a positive number, not 0"),
+        ("--lr nan", "--lr must be a positive number, not nan"),
+        ("--gin-probability 1.5", "--gin-probability must lie between 0 and 1"),
+        ("--seeds 1 1", "--seeds names something twice"),
+        ("--patch 30 --depth 3", "--patch 30"),
+        ("--test somewhere", "--test needs folders to train on"),
+        ("--ct nowhere", "nowhere: no such folder"),
+    ],
+)
+def test_bad_flags_take_one_line_and_exit_code_2(words, message, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert fedgin.main([*words.split(), "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+    assert not out.exists()
+
+
+def test_bad_scans_take_one_line_and_leave_nothing(tmp_path, ct_folder, capsys):
+    mri = write_totalsegmentator(tmp_path / "mri", "mri", 3)
+    truncate(mri / "s0001/segmentations/spleen.nii.gz")
+    assert command("--ct", ct_folder, "--mri", mri, "--out", tmp_path / "out") == 2
+    assert "s0001/segmentations/spleen.nii.gz: cannot be read" in capsys.readouterr().err
+    few = write_nnunet(tmp_path / "few", "T2", 3, labels={"background": 0, "liver": 1})
+    assert command("--ct", ct_folder, "--mri", few, "--out", tmp_path / "out") == 2
+    assert "--organs liver" in capsys.readouterr().err
+    assert command("--ct", ct_folder, "--out", tmp_path / "out") == 2
+    assert "arm mri-only needs MRI training cases" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_is_never_overwritten(phantom_run, capsys):
+    before = (phantom_run / "results.json").read_bytes()
+    assert command("--out", phantom_run) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert (phantom_run / "results.json").read_bytes() == before
+
+
+def test_a_diverging_run_ends_with_exit_code_1(tmp_path, capsys):
+    assert command("--lr", 1e30, "--arms", "fl", "--out", tmp_path / "out") == 1
+    assert "round 1, hospital mri" in capsys.readouterr().err
