@@ -7,15 +7,25 @@ logits = sliding_window(model, torch.randn(1, 40, 50, 30), patch_size=32)  # (2,
 print(dice(logits.argmax(0) == 1, logits[1] > 0))  # 1.0
 """
 
+import argparse
+import csv
 import itertools
+import json
 import math
+import os
+import pickle
 import statistics
+import sys
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
+from scipy import ndimage
+from scipy.spatial import cKDTree
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm import tqdm
 
 
 @torch.no_grad()
@@ -29,10 +39,11 @@ def sliding_window(
     """Run a patch model over a volume of any size and blend the overlapping outputs.
 
     volume: (C, *space); model: (B, C, *patch) → (B, C_out, *patch). Returns (C_out, *space),
-    float32. Neighbouring patches share at least `overlap` of their width and are weighted by a
-    Gaussian, σ = patch / 8, as in nnU-Net (Isensee et al., Nature Methods 2021), since predictions
-    are worst at a patch's rim. A volume smaller than the patch is padded with its minimum. Raises
-    ValueError for an overlap outside [0, 1) or a patch size that does not fit the volume's axes.
+    float32, on the volume's device; the model may answer from another. Neighbouring patches share
+    at least `overlap` of their width and are weighted by a Gaussian, σ = patch / 8, as in nnU-Net
+    (Isensee et al., Nature Methods 2021), since predictions are worst at a patch's rim. A volume
+    smaller than the patch is padded with its minimum. Raises ValueError for an overlap outside
+    [0, 1) or a patch size that does not fit the volume's axes.
     """
     space = volume.shape[1:]
     patch = (patch_size,) * len(space) if isinstance(patch_size, int) else tuple(patch_size)
@@ -54,6 +65,8 @@ def sliding_window(
         # Filled up to batch_size: PyTorch's CPU convolutions take a slow path for a batch of one.
         filled = group + group[-1:] * (batch_size - len(group))
         outputs = model(torch.stack([padded[window] for window in filled])).float()
+        outputs = outputs.to(volume.device)
+        outputs = outputs.to(volume.device)
         if total is None:
             total = outputs.new_zeros(outputs.shape[1], *padded.shape[1:])
         for window, output in zip(group, outputs, strict=False):
@@ -84,19 +97,96 @@ def dice(pred, label) -> float:
 
     Both empty: NaN, as there is nothing to score. One empty: 0. Raises ValueError for other input.
     """
-    pred, label = np.asarray(pred), np.asarray(label)
-    if pred.shape != label.shape or pred.dtype != bool or label.dtype != bool:
-        raise ValueError(
-            f"dice needs two boolean arrays of one shape, not {pred.dtype} {pred.shape} and "
-            f"{label.dtype} {label.shape}"
-        )
+    pred, label = _masks(pred, label)
     size = int(pred.sum()) + int(label.sum())
     return 2 * int((pred & label).sum()) / size if size else math.nan
 
 
-def score_case(pred: np.ndarray, truth: np.ndarray, organs: Sequence[str]) -> dict[str, float]:
-    """Dice by organ of one case's label maps (0 background, organs from 1 on)."""
-    return {o: dice(pred == label, truth == label) for label, o in enumerate(organs, start=1)}
+def hd95(pred, label, spacing: Sequence[float]) -> float:
+    """95th percentile Hausdorff distance in mm of two boolean arrays of one shape.
+
+    A surface is the mask's voxels of which a face neighbour lies outside mask or array; distances
+    run between voxel centres. Of the two directions, each with its own 95th percentile (linear
+    interpolation), the larger counts: MONAI's compute_hausdorff_distance. Others pool both
+    directions before the percentile (medpy) or weight surface elements by area (DeepMind's
+    surface-distance). spacing: mm along each axis. Both empty: NaN. One empty: the array's
+    diagonal. Raises ValueError for other input.
+    """
+    pred, label = _masks(pred, label)
+    if not (pred.any() and label.any()):
+        diagonal = math.dist([0] * pred.ndim, np.multiply(pred.shape, spacing))
+        return diagonal if pred.any() or label.any() else math.nan
+    return max(float(np.percentile(d, 95)) for d in _surface_distances(pred, label, spacing))
+
+
+def nsd(pred, label, spacing: Sequence[float], tolerance: float) -> float:
+    """Normalized surface Dice: the share of both surfaces within `tolerance` mm of the other one.
+
+    Nikolov et al. 2018 (arXiv 1809.04430), with the surface of hd95 and each of its voxels counted
+    once, as MONAI's SurfaceDiceMetric does. Both empty: NaN. One empty: 0. Raises ValueError for
+    other input.
+    """
+    pred, label = _masks(pred, label)
+    if not (pred.any() and label.any()):
+        return 0.0 if pred.any() or label.any() else math.nan
+    distances = np.concatenate(_surface_distances(pred, label, spacing))
+    return float((distances <= tolerance).mean())
+
+
+def _masks(pred, label) -> tuple[np.ndarray, np.ndarray]:
+    pred, label = np.asarray(pred), np.asarray(label)
+    if pred.shape != label.shape or pred.dtype != bool or label.dtype != bool:
+        raise ValueError(
+            f"expected two boolean arrays of one shape, not {pred.dtype} {pred.shape} and "
+            f"{label.dtype} {label.shape}"
+        )
+    return pred, label
+
+
+def _surface_distances(pred: np.ndarray, label: np.ndarray, spacing: Sequence[float]):
+    """Distance (mm) of each surface voxel of pred to label's surface, and the other way round."""
+    if len(spacing) != pred.ndim or min(spacing) <= 0:
+        raise ValueError(f"spacing {tuple(spacing)} must be {pred.ndim} positive numbers in mm")
+    [box] = ndimage.find_objects((pred | label).astype(np.uint8))  # work grows with the organ only
+    surfaces = []
+    for mask in (pred[box], label[box]):
+        surface = mask & ~ndimage.binary_erosion(mask)  # outside the box counts as outside
+        surfaces.append(np.argwhere(surface) * np.asarray(spacing, dtype=float))
+    ours, theirs = surfaces
+    return [cKDTree(b).query(a, workers=-1)[0] for a, b in ((ours, theirs), (theirs, ours))]
+
+
+def score_case(
+    pred: np.ndarray,
+    truth: np.ndarray,
+    organs: Sequence[str],
+    spacing: Sequence[float],
+    *,
+    tolerance: float = 2.0,
+    labelled: Sequence[int] | None = None,
+) -> dict[str, dict]:
+    """Score the label maps of one case (0 background, organs from 1 on): {organ: its scores}.
+
+    Scores are the outcome and, where that is "scored" or "missed", dice, hd95 (mm) and nsd (at
+    `tolerance` mm). An organ that only the prediction lacks is "missed", one that both lack
+    "absent"; one whose label is False in `labelled` (None: all are True) is "unlabelled", as it may
+    be there.
+    """
+    scores: dict[str, dict] = {}
+    for label, organ in enumerate(organs, start=1):
+        ours, theirs = pred == label, truth == label
+        if labelled is not None and not labelled[label]:
+            scores[organ] = {"outcome": "unlabelled"}
+        elif not (ours.any() or theirs.any()):
+            scores[organ] = {"outcome": "absent"}
+        else:
+            scores[organ] = {
+                "outcome": "scored" if ours.any() else "missed",
+                "dice": dice(ours, theirs),
+                "hd95": hd95(ours, theirs, spacing),
+                "nsd": nsd(ours, theirs, spacing, tolerance),
+            }
+    return scores
 
 
 def mean(values: Iterable[float]) -> float:
@@ -105,43 +195,49 @@ def mean(values: Iterable[float]) -> float:
     return statistics.fmean(scored) if scored else math.nan
 
 
-def mean_dice(scores: Sequence[dict[str, float]]) -> float:
-    """Mean over organs of each organ's mean over cases; what was not scored is left out."""
-    organs = scores[0] if scores else ()
-    return mean(mean(case[organ] for case in scores) for organ in organs)
-
-
-def summarize(results: Sequence[dict], organs: Sequence[str]) -> dict:
+def summarize(results: Sequence[dict], organs: Sequence[str]) -> dict[str, dict]:
     """Boil per-case results down to {arm: {column: (mean, standard deviation over seeds)}}.
 
-    results: dicts with seed, arm, modality and dice, a dict by organ. Columns: "mri", "ct", "mean"
-    and (organ, modality). The deviation is the sample's, NaN with one seed.
+    results: dicts with seed, arm, modality and scores, those of score_case. Columns: (metric,
+    modality), the mean over organs of each organ's mean over cases; (organ, modality), its Dice;
+    (outcome, modality), a count over organs and cases; "mean", the Dice of both modalities. The
+    deviation is the sample's, NaN with one seed.
     """
     summary: dict[str, dict] = {}
     for arm in dict.fromkeys(r["arm"] for r in results):
-        by_seed = []
-        for seed in dict.fromkeys(r["seed"] for r in results):
+        rows = []
+        for seed in dict.fromkeys(r["seed"] for r in results if r["arm"] == arm):
             row = {}
             for modality in ("mri", "ct"):
+                key = (arm, seed, modality)
                 scores = [
-                    r["dice"]
-                    for r in results
-                    if (r["arm"], r["seed"], r["modality"]) == (arm, seed, modality)
+                    r["scores"] for r in results if (r["arm"], r["seed"], r["modality"]) == key
                 ]
-                row[modality] = mean_dice(scores)
-                row |= {(organ, modality): mean(s[organ] for s in scores) for organ in organs}
-            row["mean"] = (row["mri"] + row["ct"]) / 2
-            by_seed.append(row)
+                row |= {(k, modality): v for k, v in _columns(scores, organs).items()}
+            row["mean"] = (row["dice", "mri"] + row["dice", "ct"]) / 2
+            rows.append(row)
         summary[arm] = {}
-        for column in by_seed[0]:
-            values = [row[column] for row in by_seed if not math.isnan(row[column])]
+        for column in rows[0]:
+            values = [row[column] for row in rows if not math.isnan(row[column])]
             spread = statistics.stdev(values) if len(values) > 1 else math.nan
             summary[arm][column] = mean(values), spread
     return summary
 
 
-def table(summary: dict, organs: Sequence[str]) -> str:
-    """The summary as a Markdown table, aligned to be read in a terminal: one row an arm."""
+def _columns(scores: Sequence[dict], organs: Sequence[str]) -> dict[str, float]:
+    """The columns of summarize for the cases of one arm, seed and modality."""
+    columns: dict[str, float] = {}
+    for metric in ("dice", "hd95", "nsd"):
+        by_organ = {o: mean(case[o].get(metric, math.nan) for case in scores) for o in organs}
+        columns[metric] = mean(by_organ.values())
+        columns |= by_organ if metric == "dice" else {}
+    for outcome in ("scored", "missed", "absent"):
+        columns[outcome] = sum(case[o]["outcome"] == outcome for case in scores for o in organs)
+    return columns
+
+
+def table(summary: dict[str, dict], organs: Sequence[str]) -> str:
+    """The summary as two Markdown tables, aligned to be read in a terminal: one row an arm."""
 
     def cell(value: tuple[float, float], digits: int = 3) -> str:
         number, spread = value
@@ -149,11 +245,176 @@ def table(summary: dict, organs: Sequence[str]) -> str:
             return "–"
         return f"{number:.{digits}f}" + ("" if math.isnan(spread) else f" ± {spread:.{digits}f}")
 
-    rows = [["arm", "MRI Dice", "CT Dice", "mean"] + [f"{o} MRI / CT" for o in organs]]
+    def pair(row: dict, column: str, digits: int) -> str:
+        return " / ".join(cell((row[column, m][0], math.nan), digits) for m in ("mri", "ct"))
+
+    outcomes = ("scored", "missed", "absent")
+    overlap = [["arm", "MRI Dice", "CT Dice", "mean"] + [f"{o} MRI / CT" for o in organs]]
+    surface = [["arm", "MRI HD95 mm", "CT HD95 mm", "MRI NSD", "CT NSD"]]
+    surface[0] += [f"{outcome} MRI / CT" for outcome in outcomes]
     for arm, row in summary.items():
-        pairs = [[cell((row[o, m][0], math.nan), 2) for m in ("mri", "ct")] for o in organs]
-        rows.append([arm, *(cell(row[c]) for c in ("mri", "ct", "mean")), *map(" / ".join, pairs)])
+        dices = [cell(row[column]) for column in (("dice", "mri"), ("dice", "ct"), "mean")]
+        overlap.append([arm, *dices, *(pair(row, organ, 2) for organ in organs)])
+        distances = [cell(row["hd95", m], 1) for m in ("mri", "ct")]
+        distances += [cell(row["nsd", m]) for m in ("mri", "ct")]
+        surface.append([arm, *distances, *(pair(row, outcome, 0) for outcome in outcomes)])
+    return _markdown(overlap) + "\n\n" + _markdown(surface)
+
+
+def _markdown(rows: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
     rule = "| " + " | ".join("-" * width for width in widths) + " |"
     return "\n".join([lines[0], rule, *lines[1:]])
+
+
+# ---------------------------------------------------------------------------- python evaluate.py
+# What follows reads scans and checkpoints, for which it imports data.py and unet3d.py; all above
+# stands alone.
+
+
+def segment(model, image: np.ndarray, patch: int, size: Sequence[int], device) -> np.ndarray:
+    """Label map of a normalized image (D, H, W), brought from the model's grid to `size` voxels.
+
+    The model runs on `device`, in mixed precision where that pays; the logits are put together
+    there as well if its free memory holds them, and on the CPU otherwise.
+    """
+    from data import resample_labels
+
+    cuda = device.type == "cuda"
+    fits = cuda and torch.cuda.mem_get_info(device)[0] > 20 * image.nbytes
+    volume = torch.tensor(image)[None].to(device if fits else "cpu")
+    dtype = mixed_precision(device)
+    model.eval()
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+        logits = sliding_window(lambda patches: model(patches.to(device)), volume, patch)
+    return resample_labels(logits, tuple(size))
+
+
+def mixed_precision(device: torch.device) -> torch.dtype | None:
+    """bfloat16 where the GPU computes in it; None, that is float32, elsewhere."""
+    capable = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if capable else None
+
+
+def load_model(path: Path, device: torch.device):
+    """The network of a checkpoint and what it needs: organs, spacing, patch, normalization.
+
+    Raises DataError for a file that is no checkpoint of fedgin.py. Opening one runs no code.
+    """
+    from data import NORMALIZATION, DataError
+    from unet3d import UNet3D
+
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        needs = checkpoint["model"]
+        model = UNet3D(1, len(needs["organs"]) + 1, needs["width"], needs["depth"])
+        model.load_state_dict(checkpoint["weights"])
+    except (OSError, EOFError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(f"{path}: no checkpoint of fedgin.py ({message})") from error
+    if {k: tuple(v) for k, v in needs["normalization"].items()} != NORMALIZATION:
+        raise DataError(f"{path}: was trained with another normalization: {needs['normalization']}")
+    return model.to(device, memory_format=torch.channels_last_3d), needs
+
+
+def find_scans(paths: Sequence[str], modality: str | None, layout: str | None) -> dict:
+    """{name: Case} of files, folders of files and folders in a known layout."""
+    from data import Case, DataError, find_cases
+
+    scans: dict[str, Case] = {}
+    for path in map(Path, paths):
+        files = sorted(f for f in path.glob("[!.]*") if f.name.endswith((".nii", ".nii.gz")))
+        if path.is_dir() and not files:
+            cases = find_cases(path, modality, layout)
+        elif not path.exists():
+            raise DataError(f"{path}: no such file or folder")
+        else:
+            cases = []
+            for file in files or [path]:
+                name = file.name.removesuffix(".gz").removesuffix(".nii").removesuffix("_0000")
+                kind = modality or {"ct": "ct", "mri": "mri"}.get(name)
+                name = file.resolve().parent.name if name in ("ct", "mri") else name
+                if kind is None:
+                    raise DataError(f"{file}: CT or MRI? Say so with --modality")
+                cases.append(Case("file", str(path), name, kind, "", file, {}))
+        for case in cases:
+            if case.id in scans:
+                raise DataError(f"{case.image}: there is another scan named {case.id}")
+            scans[case.id] = case
+    return scans
+
+
+def predict(case, model, needs: dict, out: Path, device, tolerance: float) -> dict[str, dict]:
+    """Write the label map of a scan to out/ID.nii.gz on the scan's own grid; return its scores."""
+    from data import DataError, read_case, to_model_grid, to_scan_grid, write_nifti
+
+    scan, truth, troubles = read_case(case, needs["organs"])
+    if scan is None or (case.masks and truth is None):
+        raise DataError("\n".join(str(t) for t in troubles if not t.usable))
+    image = to_model_grid(scan, case.modality, needs["spacing"])
+    labels = segment(model, image, needs["patch"], scan.voxels.shape, device)
+    write_nifti(out / f"{case.id}.nii.gz", to_scan_grid(labels, scan), scan)
+    if not case.masks:
+        return {}
+    labelled = [True] + [organ in case.masks for organ in needs["organs"]]
+    settings = {"tolerance": tolerance, "labelled": labelled}
+    return score_case(labels, truth, needs["organs"], scan.spacing, **settings)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    from data import LAYOUTS, NORMALIZATION, DataError
+
+    parser = argparse.ArgumentParser(description="Segment scans with a checkpoint of fedgin.py.")
+    parser.add_argument("--checkpoint", required=True, type=Path, metavar="FILE")
+    parser.add_argument(
+        "--images", required=True, nargs="+", metavar="PATH", help="NIfTI files or folders of them"
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="for label maps")
+    parser.add_argument("--modality", choices=NORMALIZATION, help="where names do not tell it")
+    parser.add_argument("--layout", choices=LAYOUTS, help="where a folder looks like two")
+    text = "mm within which a surface voxel counts as right (default: 2)"
+    parser.add_argument("--nsd-tolerance", type=float, default=2.0, metavar="MM", help=text)
+    words = parser.parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        model, needs = load_model(words.checkpoint, device)
+        scans = find_scans(words.images, words.modality, words.layout)
+        if (words.out / "labels.json").exists():
+            raise DataError(f"{words.out}: already holds predictions; choose another --out")
+    except DataError as error:
+        print(f"evaluate.py: {error}", file=sys.stderr)
+        return 2
+    words.out.mkdir(parents=True, exist_ok=True)
+    ids = {"background": 0} | {organ: n for n, organ in enumerate(needs["organs"], start=1)}
+    (words.out / "labels.json").write_text(json.dumps(ids, indent=1))
+    results, failed = [], 0
+    for case in tqdm(scans.values(), desc="segmenting", unit="scan"):
+        try:
+            scores = predict(case, model, needs, words.out, device, words.nsd_tolerance)
+        except DataError as error:
+            tqdm.write(f"evaluate.py: {error}", file=sys.stderr)
+            failed += 1
+        else:
+            where = {"arm": words.checkpoint.stem, "seed": 0, "case": case.id}
+            results += [{**where, "modality": case.modality, "scores": scores}] if scores else []
+    if results:
+        print(table(summarize(results, needs["organs"]), needs["organs"]))
+        write_scores(words.out / "scores.csv", results)
+    print(f"{len(scans) - failed} of {len(scans)} scans segmented, in {words.out}{os.sep}")
+    return int(failed > 0)
+
+
+def write_scores(path: Path, results: Sequence[dict]) -> None:
+    """One line a case and organ: case, modality, organ, outcome, dice, hd95, nsd."""
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["case", "modality", "organ", "outcome", "dice", "hd95", "nsd"])
+        for result in results:
+            for organ, s in result["scores"].items():
+                metrics = [s.get(metric, "") for metric in ("dice", "hd95", "nsd")]
+                writer.writerow([result["case"], result["modality"], organ, s["outcome"], *metrics])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

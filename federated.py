@@ -16,6 +16,7 @@ Any model and any data will do; this file needs torch alone:
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,8 +92,8 @@ def _updates(model, n_cases, train, round_, losses) -> Iterator[tuple[State, flo
 
 def train_locally(
     model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    loss_function: Callable[[Tensor, Tensor], Tensor],
+    batches: Iterable[tuple[Tensor, Any]],
+    loss_function: Callable[[Tensor, Any], Tensor],
     *,
     lr: float,
     weight_decay: float = 1e-4,
@@ -102,8 +103,8 @@ def train_locally(
     """Train `model` for one optimizer step per (inputs, targets) batch; return the mean loss.
 
     The optimizer is a fresh AdamW, gradients are clipped to max_norm. Batches lie on the model's
-    device already. `autocast` is the dtype for mixed precision, None for none; loss_function gets
-    float32 logits. Raises ValueError if there is no batch.
+    device already; targets may be anything that loss_function(float32 logits, targets) takes.
+    `autocast` is the dtype for mixed precision, None for none. Raises ValueError without a batch.
     """
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)

@@ -27,9 +27,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import data
+import evaluate
 import phantom
 from data import Case, DataError, Volume
-from evaluate import mean_dice, score_case, sliding_window, summarize, table
 from federated import federated_rounds, train_locally
 from gin import GIN
 from unet3d import UNet3D
@@ -81,6 +81,11 @@ class Config:
     mri: tuple = flag((), "folders of MRI scans, each a hospital", metavar="DIR")
     test: tuple = flag((), "folders to test on, never trained on", metavar="DIR")
     organs: tuple = flag(data.ORGANS, "what to segment", choices=data.ORGANS)
+    partial_labels: bool = flag(False, "let a hospital lack some organs, and train on those it has")
+    layout: str = flag("", "of folders that look like two", choices=data.LAYOUTS)
+    skip_bad: bool = flag(False, "leave out, and list, cases that cannot be used")
+    cache: str = flag("", "for preprocessed scans (default: cache, beside --out)", metavar="DIR")
+    no_cache: bool = flag(False, "keep preprocessed scans in memory instead")
     spacing: float = flag(2.0, "voxel size, mm, to which scans are resampled")
     rounds: int = flag(30, "federated rounds")
     local_steps: int = flag(20, "batches that a hospital trains each round, whatever its size")
@@ -90,6 +95,7 @@ class Config:
     depth: int = flag(4, "levels of the U-Net; 2^(depth − 1) must divide --patch")
     lr: float = flag(4e-3, "first learning rate; round t of T has (1 − (t − 1) / T)^0.9 of it")
     gin_probability: float = flag(1.0, "share of images that GIN redraws, in arms that use it")
+    nsd_tolerance: float = flag(2.0, "mm within which a surface voxel counts as right")
     out: str = flag("", "folder for the results (default: runs/SCENARIO)", metavar="DIR")
 
 
@@ -128,10 +134,13 @@ def train_arm(config: Config, arm: Arm, clients: dict[str, Client], seed: int, d
         batches = data.patches(cases, config.patch, config.batch_size, steps, draws)
         return train_locally(
             model,
-            ((augment(images.to(device)), labels.to(device)) for images, labels in batches),
+            (
+                (augment(images.to(device)), (labels.to(device), labelled.to(device)))
+                for images, labels, labelled in batches
+            ),
             losses[name],
             lr=config.lr * (1 - (round_ - 1) / config.rounds) ** 0.9,
-            autocast=mixed_precision(device),
+            autocast=evaluate.mixed_precision(device),
         )
 
     n_k = {name: len(client.cases) for name, client in clients.items()}
@@ -146,7 +155,11 @@ def generator(*key) -> torch.Generator:
 
 
 def segmentation_loss(cases: Sequence[Volume], config: Config, device: torch.device):
-    """Cross-entropy + soft Dice over the organs: (logits, labels) → scalar.
+    """Cross-entropy + soft Dice over the organs: (logits, (labels, labelled)) → scalar.
+
+    labelled, (B, classes), says which organs an image's hospital labels. Where it labels no spleen,
+    say, a spleen voxel is background by its labels; so the probabilities of unlabelled organs are
+    added to the background's first (the marginal loss, Shi et al. 2021, arXiv 2007.03868).
 
     The cross-entropy weights a class by 1 / √(its share of the client's training voxels): with
     equal weights small organs now and then vanish from the prediction for good.
@@ -155,33 +168,24 @@ def segmentation_loss(cases: Sequence[Volume], config: Config, device: torch.dev
     counts = sum(np.bincount(case.labels.ravel(), minlength=classes) for case in cases)
     weight = torch.from_numpy(counts).clamp(min=1).float().rsqrt().to(device)
 
-    def loss(logits: Tensor, labels: Tensor) -> Tensor:
-        probabilities = logits.softmax(dim=1)  # (B, classes, D, H, W)
-        truth = F.one_hot(labels, classes).movedim(-1, 1)
-        overlap = (probabilities * truth).sum((0, 2, 3, 4))
-        size = probabilities.sum((0, 2, 3, 4)) + truth.sum((0, 2, 3, 4))
-        dice = ((2 * overlap + 1) / (size + 1))[1:].mean()
-        return F.cross_entropy(logits, labels, weight) + 1 - dice
+    def loss(logits: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
+        labels, labelled = targets
+        known = labelled[:, :, None, None, None]  # (B, classes, 1, 1, 1)
+        log_p = logits.log_softmax(dim=1)  # (B, classes, D, H, W)
+        rest = log_p.masked_fill(known, -torch.inf)  # the unlabelled organs
+        rest = torch.cat([log_p[:, :1], rest[:, 1:]], dim=1).logsumexp(dim=1, keepdim=True)
+        log_p = torch.cat([rest, log_p[:, 1:]], dim=1)
+        p, truth = log_p.exp() * known, F.one_hot(labels, classes).movedim(-1, 1)
+        overlap = (p * truth).sum((0, 2, 3, 4))
+        size = p.sum((0, 2, 3, 4)) + truth.sum((0, 2, 3, 4))
+        dice = ((2 * overlap + 1) / (size + 1))[1:]
+        present = known.any(dim=0).flatten()[1:]
+        return F.nll_loss(log_p, labels, weight) + 1 - dice[present].mean()
 
     return loss
 
 
-def mixed_precision(device: torch.device) -> torch.dtype | None:
-    """bfloat16 where the GPU computes in it; None, that is float32, elsewhere."""
-    capable = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if capable else None
-
-
 # ---------------------------------------------------------------------------- validation and tests
-
-
-def predict(model: nn.Module, case: Volume, patch: int, device, size) -> np.ndarray:
-    """Label map of a case, brought from the model's grid to `size` voxels."""
-    dtype = mixed_precision(device)
-    model.eval()
-    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-        logits = sliding_window(model, torch.tensor(case.image)[None].to(device), patch)
-    return data.resample_labels(logits, size)
 
 
 def validate(config: Config, model: nn.Module, hospitals, modality: str, device) -> float:
@@ -189,22 +193,30 @@ def validate(config: Config, model: nn.Module, hospitals, modality: str, device)
 
     Training cases stand in at a hospital that has no validation case.
     """
-    scores = []
+    by_organ: dict[str, list[float]] = {organ: [] for organ in config.organs}
     for case in (c for h in hospitals if h.modality == modality for c in h.val or h.train):
-        labels = predict(model, case, config.patch, device, case.labels.shape)
-        scores.append(score_case(labels, case.labels, config.organs))
-    return mean_dice(scores)
+        truth = case.labels
+        pred = evaluate.segment(model, case.image, config.patch, truth.shape, device)
+        for n, organ in enumerate(config.organs, start=1):
+            if case.labelled[n]:
+                by_organ[organ].append(evaluate.dice(pred == n, truth == n))
+    return evaluate.mean(evaluate.mean(values) for values in by_organ.values())
 
 
 def test(config: Config, model: nn.Module, hospitals: Sequence[Hospital], device) -> list[dict]:
-    """Dice by organ of every test case, on the scan's own grid."""
+    """Scores by organ of every test case, on the scan's own grid."""
     results = []
     for hospital in hospitals:
         for case in hospital.test:
-            labels = predict(model, case, config.patch, device, case.truth.shape)
-            scores = score_case(labels, case.truth, config.organs)
+            truth, spacing = case.labels, (phantom.SPACING,) * 3
+            if case.case:
+                scan, truth, _ = data.read_case(case.case, config.organs)
+                spacing = scan.spacing
+            pred = evaluate.segment(model, case.image, config.patch, truth.shape, device)
+            settings = {"tolerance": config.nsd_tolerance, "labelled": case.labelled}
+            scores = evaluate.score_case(pred, truth, config.organs, spacing, **settings)
             where = {"hospital": hospital.name, "modality": hospital.modality, "case": case.id}
-            results.append({**where, "dice": scores})
+            results.append({**where, "scores": scores})
     return results
 
 
@@ -213,6 +225,7 @@ def test(config: Config, model: nn.Module, hospitals: Sequence[Hospital], device
 
 def phantom_hospitals(config: Config, seed: int) -> list[Hospital]:
     """An MRI and a CT hospital that hold phantoms of this seed."""
+    everything = np.ones(len(config.organs) + 1, dtype=bool)
     new_label = np.zeros(len(phantom.ORGANS) + 1, dtype=np.uint8)
     for label, organ in enumerate(config.organs, start=1):
         new_label[phantom.ORGANS.index(organ) + 1] = label
@@ -220,8 +233,7 @@ def phantom_hospitals(config: Config, seed: int) -> list[Hospital]:
     def case(modality: str, index: int) -> Volume:
         image, labels = phantom.phantom(seed, modality, index)
         image, labels = data.normalize(image, modality), new_label[labels]
-        spacing = (phantom.SPACING,) * 3
-        return data.make_volume(f"phantom{index:02d}", image, labels, labels, spacing)
+        return data.make_volume(f"phantom{index:02d}", image, labels, everything)
 
     return [
         Hospital(m, m, *([case(m, index) for index in part] for part in PHANTOMS.values()))
@@ -231,41 +243,45 @@ def phantom_hospitals(config: Config, seed: int) -> list[Hospital]:
 
 def find_hospitals(config: Config) -> list[tuple[str, str, list[Case], bool]]:
     """(name, modality, cases, test only) of each folder given; one of --test may hold both."""
-    found = [
-        (f, m, data.find_cases(f, m), False) for m in ("mri", "ct") for f in getattr(config, m)
-    ]
+    layout = config.layout or None
+    roles = [(folder, m) for m in ("mri", "ct") for folder in getattr(config, m)]
+    found = [(folder, m, data.find_cases(folder, m, layout), False) for folder, m in roles]
     for folder in config.test:
-        cases = data.find_cases(folder)
+        cases = data.find_cases(folder, layout=layout)
         for m in sorted({case.modality for case in cases}):
             found.append((folder, m, [case for case in cases if case.modality == m], True))
-    data.check_organs({folder: cases for folder, _, cases, _ in found}, config.organs)
+    data.check_organs({f: cases for f, _, cases, _ in found}, config.organs, config.partial_labels)
+    scans = [case.image.resolve() for _, _, cases, _ in found for case in cases]
+    if len(set(scans)) < len(scans):
+        twice = next(scan for scan in scans if scans.count(scan) > 1)
+        raise DataError(f"{twice}: is in two of the folders given; a scan has one role only")
     names = [Path(folder).resolve().name for folder, *_ in found]
     names = [n if names.count(n) == 1 else f"{n}-{i}" for i, n in enumerate(names, start=1)]
     return [(name, *rest) for name, (_, *rest) in zip(names, found, strict=True)]
 
 
-def scan_hospitals(config: Config, seed: int, found: list, volumes: dict) -> list[Hospital]:
-    """The hospitals of find_hospitals with their cases split as the seed says."""
-    hospitals = []
-    for name, modality, cases, test_only in found:
-        parts = {"train": [], "val": [], "test": cases}
-        if not test_only:
-            parts = data.split_cases(cases, seed, test_elsewhere=bool(config.test))
-        parts = {part: [volumes[case.image] for case in cases] for part, cases in parts.items()}
-        hospitals.append(Hospital(name, modality, **parts))
-    return hospitals
-
-
 def load_hospitals(config: Config) -> dict[int, list[Hospital]]:
-    """The hospitals of each seed; every scan is read once."""
-    if not (config.ct or config.mri):
+    """The hospitals of each seed, with their cases split as it says; every scan is read once."""
+    if on_phantoms(config):
         return {seed: phantom_hospitals(config, seed) for seed in config.seeds}
     found = find_hospitals(config)
     cases = [case for _, _, cases, _ in found for case in cases]
-    volumes = {}
-    for case in tqdm(cases, desc="reading scans", unit="scan"):
-        volumes[case.image] = data.load_case(case, config.organs, config.spacing)
-    return {seed: scan_hospitals(config, seed, found, volumes) for seed in config.seeds}
+    cache = None if config.no_cache else Path(config.cache)
+    volumes, left_out = data.load_cases(
+        cases, config.organs, config.spacing, cache, config.skip_bad
+    )
+    for trouble in left_out:
+        print(f"left out: {trouble}")
+    hospitals: dict[int, list[Hospital]] = {seed: [] for seed in config.seeds}
+    for seed in config.seeds:
+        for name, modality, all_cases, test_only in found:
+            usable = [case for case in all_cases if case.image in volumes]
+            parts = {"train": [], "val": [], "test": usable}
+            if not test_only:
+                parts = data.split_cases(usable, seed, test_elsewhere=bool(config.test))
+            loaded = {part: [volumes[case.image] for case in parts[part]] for part in PHANTOMS}
+            hospitals[seed].append(Hospital(name, modality, **loaded))
+    return hospitals
 
 
 def choose_clients(config: Config, label: str, hospitals: Sequence[Hospital]) -> dict[str, Client]:
@@ -323,8 +339,8 @@ def run(config: Config) -> None:
         scores = test(config, model, hospitals[seed], device)
         results += [{"seed": seed, "arm": label, **score} for score in scores]
         write(out / "results.json", json.dumps(results, indent=1))
-    summary = summarize(results, config.organs)
-    report = "\n\n".join([title(config), table(summary, config.organs), in_words(summary)])
+    summary = evaluate.summarize(results, config.organs)
+    report = "\n\n".join([title(config), evaluate.table(summary, config.organs), in_words(summary)])
     write(out / "results.md", report + "\n")
     print(f"\n{report}\n\nEverything is in {out}{os.sep}")
 
@@ -346,10 +362,17 @@ def fit(config: Config, label: str, clients, hospitals, seed: int, device) -> nn
     model.load_state_dict(best[2])
     name = label.replace(":", "-").replace(" ", "-") + f"-seed{seed}" * (len(config.seeds) > 1)
     checkpoint = dict(zip(("val_dice", "round", "weights"), best, strict=True))
-    checkpoint |= {"arm": label, "seed": seed, "config": dataclasses.asdict(config)}
+    checkpoint |= {"arm": label, "seed": seed, "model": model_needs(config)}
     torch.save(checkpoint, out / f"{name}.pt.tmp")
     os.replace(out / f"{name}.pt.tmp", out / f"{name}.pt")
     return model
+
+
+def model_needs(config: Config) -> dict:
+    """What evaluate.py must know to use the weights on a new scan."""
+    spacing = phantom.SPACING if on_phantoms(config) else config.spacing
+    needs = {"organs": config.organs, "spacing": spacing, "normalization": data.NORMALIZATION}
+    return needs | {key: getattr(config, key) for key in ("patch", "width", "depth")}
 
 
 def run_labels(config: Config) -> list[str]:
@@ -371,14 +394,14 @@ def title(config: Config) -> str:
     ratios = f", MRI : CT {' '.join(config.ratios)}" if config.scenario == "limited" else ""
     source = "PHANTOMS (synthetic volumes, not patients)" if on_phantoms(config) else "scans"
     seeds = " ".join(map(str, config.seeds))
-    return f"## Test Dice, {config.scenario} scenario{ratios}, seeds {seeds}: {source}"
+    return f"## Test scores, {config.scenario} scenario{ratios}, seeds {seeds}: {source}"
 
 
 def in_words(summary: dict) -> str:
     """FedGIN against FL, the best local arm and centralized+gin: the paper's three comparisons."""
 
     def dice(arm: str, modality: str) -> float:
-        return summary[arm][modality][0]
+        return summary[arm]["dice", modality][0]
 
     lines = []
     for fedgin in (arm for arm in summary if arm.split()[0] == "fedgin"):
@@ -453,36 +476,35 @@ def parse(argv: Sequence[str] | None) -> Config:
         allow_abbrev=False,
     )
     for field in dataclasses.fields(Config):
-        more = dict(field.metadata)
-        text = more.pop("help")
-        if field.default not in ((), ""):
-            shown = (
-                field.default
-                if not isinstance(field.default, tuple)
-                else " ".join(map(str, field.default))
-            )
-            text += f" (default: {shown}" + (
-                f"; on scans {SCANS[field.name]})" if field.name in SCANS else ")"
-            )
-        if isinstance(field.default, tuple):
+        more = {"default": argparse.SUPPRESS, **field.metadata}
+        if isinstance(field.default, bool):
+            more["action"] = "store_true"
+        elif isinstance(field.default, tuple):
             more["nargs"] = "+"
         else:
             more["type"] = type(field.default)
-        parser.add_argument(
-            "--" + field.name.replace("_", "-"), help=text, default=argparse.SUPPRESS, **more
-        )
+        more["help"] += describe_default(field)
+        parser.add_argument("--" + field.name.replace("_", "-"), **more)
     given = vars(parser.parse_args(argv))
-    given = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in given.items()
-    }
+    given = {key: tuple(v) if isinstance(v, list) else v for key, v in given.items()}
     config = Config(**((SCANS if given.get("ct") or given.get("mri") else {}) | given))
+    out = Path(config.out or f"runs/{config.scenario}")
     config = dataclasses.replace(
         config,
         arms=config.arms or SCENARIOS[config.scenario],
-        out=config.out or f"runs/{config.scenario}",
+        out=str(out),
+        cache=config.cache or str(out.parent / "cache"),
     )
     check(config)
     return config
+
+
+def describe_default(field: dataclasses.Field) -> str:
+    if field.default in ((), "", False):
+        return ""
+    shown = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+    scans = f"; on scans {SCANS[field.name]}" if field.name in SCANS else ""
+    return f" (default: {shown}{scans})"
 
 
 def check(config: Config) -> None:
@@ -494,7 +516,7 @@ def check(config: Config) -> None:
         if field.name == "gin_probability":
             if not 0 <= value <= 1:
                 raise DataError(f"{name} must lie between 0 and 1, not {value}")
-        elif isinstance(value, int | float) and not (value > 0 and math.isfinite(value)):
+        elif type(value) in (int, float) and not (value > 0 and math.isfinite(value)):
             raise DataError(f"{name} must be a positive number, not {value}")
     divisor = 2 ** (config.depth - 1)
     if config.patch % divisor or config.patch == divisor:

@@ -58,20 +58,37 @@ def write_totalsegmentator(root, modality, n, splits=None, seed=1, affine=None, 
     return root
 
 
-def write_nnunet(root, channel, n, seed=1, labels=NNUNET_LABELS):
-    modality = "ct" if channel.lower() == "ct" else "mri"
+def number_organs(labels):
+    """The labels of a phantom by AMOS22's numbers, with some aorta in a corner."""
+    right, left = split_kidneys(labels)
+    ids = np.zeros(labels.shape, np.uint8)
+    for organ, value in (("liver", 6), ("spleen", 1), ("pancreas", 10), ("gallbladder", 4)):
+        ids[labels == ORGANS.index(organ) + 1] = value
+    ids[right], ids[left] = 2, 3
+    ids[:2, :2, :2] = 8
+    return ids
+
+
+def write_nnunet(root, modality, n, seed=1, labels=NNUNET_LABELS):
+    channel = {"ct": "CT", "mri": "T2"}[modality]
     names = {"channel_names": {"0": channel}, "labels": labels, "file_ending": ".nii.gz"}
     for i in range(n):
         image, truth = phantom(seed, modality, i)
         save(root / "imagesTr" / f"case_{i:03d}_0000.nii.gz", image)
-        right, left = split_kidneys(truth)
-        ids = np.zeros(truth.shape, np.uint8)
-        for organ, value in (("liver", 6), ("spleen", 1), ("pancreas", 10), ("gallbladder", 4)):
-            ids[truth == ORGANS.index(organ) + 1] = value
-        ids[right], ids[left] = 2, 3
-        ids[:2, :2, :2] = 8
-        save(root / "labelsTr" / f"case_{i:03d}.nii.gz", ids)
+        save(root / "labelsTr" / f"case_{i:03d}.nii.gz", number_organs(truth))
     (root / "dataset.json").write_text(json.dumps({**names, "numTraining": n}))
+    return root
+
+
+def write_amos(root, modality, n, seed=1):
+    """The first case in imagesTr, the others in imagesVa; numbers above 500 are MRI."""
+    for i in range(n):
+        image, truth = phantom(seed, modality, i)
+        name, part = f"amos_{i + (1 if modality == 'ct' else 501):04d}.nii.gz", "Va" if i else "Tr"
+        save(root / f"images{part}" / name, image)
+        save(root / f"labels{part}" / name, number_organs(truth))
+    dataset = {"training": [], "validation": [], "test": [], "labels": {"1": "spleen"}}
+    (root / "dataset.json").write_text(json.dumps(dataset))
     return root
 
 
@@ -83,4 +100,4 @@ def ct_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def mri_folder(tmp_path_factory):
-    return write_nnunet(tmp_path_factory.mktemp("nnunet") / "Dataset001_MRI", "T2", 4)
+    return write_nnunet(tmp_path_factory.mktemp("nnunet") / "Dataset001_MRI", "mri", 4)

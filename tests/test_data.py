@@ -7,7 +7,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from conftest import save, truncate, write_nnunet, write_totalsegmentator
+from conftest import save, truncate, write_amos, write_nnunet, write_totalsegmentator
 from scipy import ndimage
 
 from data import (
@@ -19,28 +19,28 @@ from data import (
     make_volume,
     normalize,
     patches,
+    read_case,
     resample_labels,
     split_cases,
 )
 from phantom import SPACING, phantom
 
 
-@pytest.mark.parametrize("layout", ["totalsegmentator", "nnunet"])
+@pytest.mark.parametrize("layout", ["totalsegmentator", "nnunet", "amos"])
 @pytest.mark.parametrize("modality", ["ct", "mri"])
 def test_a_written_phantom_comes_back(layout, modality, tmp_path):
-    if layout == "nnunet":
-        write_nnunet(tmp_path, modality.upper(), 2)
-    else:
-        write_totalsegmentator(tmp_path, modality, 2)
+    write = {"nnunet": write_nnunet, "amos": write_amos, "totalsegmentator": write_totalsegmentator}
+    write[layout](tmp_path, modality, 2)
     cases = find_cases(tmp_path, modality)
+    assert {case.layout for case in cases} == {layout}
     assert [case.modality for case in cases] == [modality] * 2
     for index, case in enumerate(cases):
         image, labels = phantom(1, modality, index)
         volume = load_case(case, ORGANS, SPACING)
         np.testing.assert_array_equal(volume.labels, labels)
-        np.testing.assert_array_equal(volume.truth, labels)
+        np.testing.assert_array_equal(read_case(case, ORGANS)[1], labels)
         np.testing.assert_allclose(volume.image, normalize(image, modality), atol=1e-4)
-        assert volume.spacing == pytest.approx((SPACING,) * 3)
+        assert volume.labelled.all()
 
 
 @pytest.mark.parametrize("codes", ["LPS", "ASR", "PIL", "SLA"])
@@ -78,8 +78,9 @@ def test_resampling_agrees_with_scipy(tmp_path):
     inside = ndimage.map_coordinates((image > 0.1).astype(float), grid, order=1, mode="nearest")
     clear = abs(inside - 0.5) > 1e-3
     np.testing.assert_array_equal(volume.labels[clear], (inside > 0.5)[clear])
-    assert volume.truth.shape == image.shape
-    assert volume.spacing == (1.5, 2.5, 6.0)
+    scan, truth, _ = read_case(find_cases(tmp_path)[0], ORGANS[:1])
+    assert truth.shape == image.shape
+    assert scan.spacing == pytest.approx((1.5, 2.5, 6.0))
 
 
 def test_labels_survive_the_way_to_another_grid_and_back():
@@ -179,7 +180,7 @@ def test_validation_is_carved_out_where_only_a_test_split_is_given(tmp_path):
 def test_bad_folders_are_named(tmp_path, mri_folder):
     with pytest.raises(DataError, match=r"nowhere: no such folder"):
         find_cases(tmp_path / "nowhere")
-    with pytest.raises(DataError, match=r"no case found; expected"):
+    with pytest.raises(DataError, match=r"no labelled case found; expected"):
         find_cases(tmp_path)
     with pytest.raises(DataError, match=r"holds MRI scans only; give it with --mri"):
         find_cases(mri_folder, "ct")
@@ -240,11 +241,15 @@ def test_a_voxel_size_of_zero_is_named(tmp_path):
 
 def test_organs_that_a_folder_does_not_label(tmp_path):
     labels = {"background": 0, "liver": 1, "spleen": 2}
-    few = find_cases(write_nnunet(tmp_path / "few", "T2", 1, labels=labels))
-    full = find_cases(write_nnunet(tmp_path / "full", "CT", 1))
-    check_organs({"few": few, "full": full}, ["spleen", "liver"])
-    with pytest.raises(DataError, match=r"few: liver, spleen; full: .*use --organs liver spleen"):
-        check_organs({"few": few, "full": full}, ORGANS)
+    few = find_cases(write_nnunet(tmp_path / "few", "mri", 1, labels=labels))
+    full = find_cases(write_nnunet(tmp_path / "full", "ct", 1))
+    check_organs({"few": few, "full": full}, ["spleen", "liver"], False)
+    check_organs({"few": few, "full": full}, ORGANS, partial=True)
+    advice = r"few: liver, spleen; full: .*use --organs liver spleen or --partial-labels"
+    with pytest.raises(DataError, match=advice):
+        check_organs({"few": few, "full": full}, ORGANS, partial=False)
+    with pytest.raises(DataError, match=r"not one folder labels .*use --organs liver spleen"):
+        check_organs({"few": few}, ORGANS, partial=True)
 
 
 # ----------------------------------------------------------------------------------------- patches
@@ -255,15 +260,16 @@ def numbered_volume(shape, organ_at=()):
     labels = np.zeros(shape, np.uint8)
     for label, voxel in enumerate(organ_at, start=1):
         labels[voxel] = label
-    return make_volume("x", image, labels, labels, (1.0,) * 3)
+    return make_volume("x", image, labels, np.array([True, True, False]))
 
 
 def test_patches_are_windows_of_the_volume():
     volume = numbered_volume((10, 12, 9), [(1, 2, 3), (9, 9, 8)])
     generator = torch.Generator().manual_seed(0)
-    for images, labels in patches([volume], 4, 3, 5, generator):
+    for images, labels, labelled in patches([volume], 4, 3, 5, generator):
         assert images.shape == (3, 1, 4, 4, 4)
         assert labels.shape == (3, 4, 4, 4)
+        assert labelled.tolist() == [[True, True, False]] * 3
         assert (images.dtype, labels.dtype) == (torch.float32, torch.int64)
         for image, label in zip(images[:, 0].numpy(), labels.numpy(), strict=True):
             corner = np.unravel_index(int(image[0, 0, 0]), volume.image.shape)
@@ -275,9 +281,9 @@ def test_patches_are_windows_of_the_volume():
 def test_half_of_the_patches_is_centred_on_organs_each_as_often():
     volume = numbered_volume((64, 64, 64), [(5, 5, 5), (40, 40, 40)])
     volume.labels[38:42, 38:42, 38:42] = 2  # the second organ is far larger
-    volume = make_volume("x", volume.image, volume.labels, volume.labels, (1.0,) * 3)
+    volume = make_volume("x", volume.image, volume.labels, volume.labelled)
     seen = np.zeros(2)
-    for _, labels in patches([volume], 4, 10, 100, torch.Generator().manual_seed(0)):
+    for _, labels, _ in patches([volume], 4, 10, 100, torch.Generator().manual_seed(0)):
         seen += [(labels == label).flatten(1).any(1).sum() for label in (1, 2)]
     np.testing.assert_allclose(seen / 1000, [0.25, 0.25], atol=0.05)
 
@@ -287,7 +293,7 @@ def test_small_volumes_are_padded_and_any_can_be_drawn():
     small = small._replace(image=small.image + 7)
     generator = torch.Generator().manual_seed(0)
     sums = set()
-    for images, labels in patches([small, empty], 8, 1, 20, generator):
+    for images, labels, _ in patches([small, empty], 8, 1, 20, generator):
         if labels.any():
             assert images.min() == 7
             assert (images != 7).sum() <= small.image.size
@@ -298,7 +304,10 @@ def test_small_volumes_are_padded_and_any_can_be_drawn():
 def test_patches_depend_on_the_generator_alone():
     volume = numbered_volume((20, 20, 20), [(3, 3, 3)])
     runs = [
-        [x.sum().item() for x, _ in patches([volume], 8, 2, 6, torch.Generator().manual_seed(seed))]
+        [
+            x.sum().item()
+            for x, *_ in patches([volume], 8, 2, 6, torch.Generator().manual_seed(seed))
+        ]
         for seed in (1, 1, 2)
     ]
     assert runs[0] == runs[1] != runs[2]

@@ -8,9 +8,10 @@ import pytest
 import torch
 from conftest import truncate, write_nnunet, write_totalsegmentator
 
+import data
+import evaluate
 import fedgin
-from evaluate import dice
-from phantom import phantom
+from phantom import SPACING, phantom
 
 TINY = ["--rounds", "2", "--local-steps", "2", "--batch-size", "1"]
 TINY += ["--patch", "32", "--width", "2", "--depth", "2"]
@@ -57,19 +58,16 @@ def test_a_run_leaves_what_it_promises(phantom_run):
 
 
 def test_a_checkpoint_gives_the_results_back(phantom_run):
-    checkpoint = torch.load(phantom_run / "fedgin-1-1-seed2.pt", weights_only=True)
-    settings = checkpoint["config"]
-    model = fedgin.UNet3D(1, 6, settings["width"], settings["depth"])
-    model.load_state_dict(checkpoint["weights"])
+    device = torch.device("cpu")
+    model, needs = evaluate.load_model(phantom_run / "fedgin-1-1-seed2.pt", device)
     case = fedgin.phantom_hospitals(config(), 2)[0].test[0]
-    labels = fedgin.predict(model, case, settings["patch"], torch.device("cpu"), case.truth.shape)
+    labels = evaluate.segment(model, case.image, needs["patch"], case.labels.shape, device)
     [saved] = [
-        r["dice"]
+        r["scores"]
         for r in json.loads((phantom_run / "results.json").read_text())
         if (r["arm"], r["seed"], r["case"]) == ("fedgin 1:1", 2, case.id) and r["modality"] == "mri"
     ]
-    for label, (organ, value) in enumerate(saved.items(), start=1):
-        np.testing.assert_equal(dice(labels == label, case.truth == label), value, err_msg=organ)
+    assert evaluate.score_case(labels, case.labels, needs["organs"], (SPACING,) * 3) == saved
 
 
 def test_the_same_command_twice_is_bit_identical_and_arms_do_not_touch_each_other(tmp_path):
@@ -134,14 +132,16 @@ def test_organs_are_renumbered():
     np.testing.assert_array_equal(mri.train[0].labels == 2, labels == 1)
 
 
+def small_case(labels, labelled):
+    return data.make_volume("x", labels.astype(np.float32), labels, np.array(labelled))
+
+
 def test_class_weights_and_loss_by_hand():
     """Weights 1 / √share, cross-entropy normalized by them, soft Dice of the organs alone."""
-    case = fedgin.phantom_hospitals(config(), 1)[0].train[0]
     labels = np.zeros((2, 2, 4), np.uint8)
     labels[0, 0] = 1  # a share of 4 in 16
-    case = case._replace(labels=labels)
-    settings = config("--organs", "liver")
-    loss = fedgin.segmentation_loss([case], settings, torch.device("cpu"))
+    settings, labelled = config("--organs", "liver"), torch.ones(1, 2, dtype=torch.bool)
+    loss = fedgin.segmentation_loss([small_case(labels, [True] * 2)], settings, torch.device("cpu"))
     logits = torch.randn(1, 2, 2, 2, 4, generator=torch.Generator().manual_seed(0))
     p = torch.softmax(logits, 1)[0]
     weight = {0: (16 / 12) ** 0.5, 1: (16 / 4) ** 0.5}
@@ -153,9 +153,30 @@ def test_class_weights_and_loss_by_hand():
         overlap += float(p[(1, *index)]) * (label == 1)
     soft_dice = (2 * overlap + 1) / (float(p[1].sum()) + 4 + 1)
     expected = total / norm + 1 - soft_dice
-    assert loss(logits, torch.tensor(labels)[None].long()).item() == pytest.approx(
-        expected, rel=1e-5
-    )
+    value = loss(logits, (torch.tensor(labels)[None].long(), labelled)).item()
+    assert value == pytest.approx(expected, rel=1e-5)
+
+
+def test_unlabelled_organs_are_merged_into_background():
+    """The marginal loss is that of a network whose background has the unlabelled organ's share."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, (4, 4, 4)).astype(np.uint8)  # liver or nothing; spleen unlabelled
+    target = torch.tensor(labels)[None].long()
+    logits = torch.randn(1, 3, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+    logits.requires_grad_()
+    cpu, known = torch.device("cpu"), [True, True, False]
+    settings = config("--organs", "liver", "spleen")
+    loss = fedgin.segmentation_loss([small_case(labels, known)], settings, cpu)
+    value = loss(logits, (target, torch.tensor([known])))
+    p = logits.detach().softmax(1)
+    merged = torch.stack([p[:, 0] + p[:, 2], p[:, 1]], dim=1).log()
+    plain_settings, both = config("--organs", "liver"), torch.ones(1, 2, dtype=torch.bool)
+    plain = fedgin.segmentation_loss([small_case(labels, [True] * 2)], plain_settings, cpu)
+    assert value.item() == pytest.approx(plain(merged, (target, both)).item(), rel=1e-5)
+    value.backward()
+    moved = logits.grad[:, [0, 2]]  # spleen is pushed exactly as background is
+    ratio = moved[:, 1] / moved[:, 0]
+    torch.testing.assert_close(ratio, (p[:, 2] / p[:, 0]), rtol=1e-3, atol=1e-4)
 
 
 def test_draws_depend_on_seed_round_hospital_and_purpose_alone():
@@ -240,7 +261,7 @@ def test_bad_scans_take_one_line_and_leave_nothing(tmp_path, ct_folder, capsys):
     truncate(mri / "s0001/segmentations/spleen.nii.gz")
     assert command("--ct", ct_folder, "--mri", mri, "--out", tmp_path / "out") == 2
     assert "s0001/segmentations/spleen.nii.gz: cannot be read" in capsys.readouterr().err
-    few = write_nnunet(tmp_path / "few", "T2", 3, labels={"background": 0, "liver": 1})
+    few = write_nnunet(tmp_path / "few", "mri", 3, labels={"background": 0, "liver": 1})
     assert command("--ct", ct_folder, "--mri", few, "--out", tmp_path / "out") == 2
     assert "--organs liver" in capsys.readouterr().err
     assert command("--ct", ct_folder, "--out", tmp_path / "out") == 2
