@@ -23,7 +23,7 @@ import shutil
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -499,14 +499,15 @@ def _load(job) -> Volume | CachedVolume | str:
         return str(error)
 
 
+def fingerprint(case: Case, organs: Sequence[str]) -> list[tuple[str, int, int]]:
+    """Path, size and time of last change of each file of a case that is there."""
+    files = [path for path in (case.image, *_label_files(case, organs)) if path.is_file()]
+    return [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+
+
 def _cache_key(case: Case, organs: Sequence[str], spacing: float) -> str:
     """A name that changes with the case's files and with every setting of its preprocessing."""
-    files = [case.image, *_label_files(case, organs)]
-    stamps = [
-        (str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns)
-        for path in files
-        if path.is_file()
-    ]
+    stamps = fingerprint(case, organs)
     masks = [[(str(path), values) for path, values in case.masks.get(o, ())] for o in organs]
     settings = (CACHE_FORMAT, organs, spacing, case.modality, NORMALIZATION, CENTRES_PER_ORGAN)
     return hashlib.sha256(repr((stamps, masks, settings)).encode()).hexdigest()[:32]
@@ -649,18 +650,29 @@ def patches(
         batch = []
         for _ in range(batch_size):
             volume = volumes[draw(len(volumes))]
-            starts = [draw(max(n - patch, 0) + 1) for n in volume.labels.shape]
-            organs = np.unique(volume.centres[:, 0])
-            if len(organs) and draw(1000) < 1000 * ORGAN_SHARE:
-                rows = np.flatnonzero(volume.centres[:, 0] == organs[draw(len(organs))])
-                centre = volume.centres[rows[draw(len(rows))], 1:]
-                starts = [
-                    min(max(int(c) - patch // 2, 0), max(n - patch, 0))
-                    for c, n in zip(centre, volume.labels.shape, strict=True)
-                ]
-            batch.append((*_crop(volume, starts, patch), torch.from_numpy(volume.labelled)))
+            try:
+                batch.append((*_draw_patch(volume, patch, draw), torch.from_numpy(volume.labelled)))
+            except (OSError, ValueError) as error:
+                raise DataError(f"case {volume.id}: {error}") from error
         images, labels, labelled = map(torch.stack, zip(*batch, strict=True))
         yield images[:, None], labels.long(), labelled
+
+
+def _draw_patch(volume: Volume, patch: int, draw: Callable[[int], int]) -> tuple[Tensor, Tensor]:
+    shape, centres = volume.labels.shape, volume.centres
+    starts = [draw(max(n - patch, 0) + 1) for n in shape]
+    organs = np.unique(centres[:, 0])
+    if len(organs) and draw(1000) < 1000 * ORGAN_SHARE:
+        rows = np.flatnonzero(centres[:, 0] == organs[draw(len(organs))])
+        centre = centres[rows[draw(len(rows))], 1:].tolist()
+        starts = [
+            min(max(c - patch // 2, 0), max(n - patch, 0))
+            for c, n in zip(centre, shape, strict=True)
+        ]
+    image, labels = _crop(volume, starts, patch)
+    if not torch.isfinite(image).all():
+        raise ValueError("its preprocessed image has values that are NaN or infinite")
+    return image, labels
 
 
 def _crop(volume: Volume, starts: list[int], patch: int) -> tuple[Tensor, Tensor]:

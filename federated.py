@@ -59,20 +59,22 @@ def federated_rounds(
     n_cases: Mapping[str, float],
     train: Callable[[str, int], float],
     rounds: int,
+    start: int = 0,
 ) -> Iterator[tuple[int, dict[str, float]]]:
     """Run FedAvg on `model`, yielding (round, loss by hospital) while it holds the new weights.
 
     n_cases: hospital → n_k, in the order of training; rounds count from 1. train(hospital, round)
     trains `model` in place on that hospital's cases and returns its mean loss. A hospital keeps
-    nothing from round to round.
-    Raises RuntimeError, with round and hospital, when a loss or a weight is not finite.
+    nothing from round to round, so a model that went through `start` rounds before goes on as if
+    it had never stopped. Raises RuntimeError, with round and hospital, when a loss or a weight is
+    not finite and when train fails.
     """
-    for round_ in range(1, rounds + 1):
+    for round_ in range(start + 1, rounds + 1):
         losses: dict[str, float] = {}
         try:
             updates = _updates(model, n_cases, train, round_, losses)
             model.load_state_dict(weighted_average(updates))  # w ← Σ_k (n_k / Σ_j n_j) · w_k
-        except ValueError as error:
+        except (ValueError, RuntimeError, OSError, MemoryError) as error:
             hospital = next(reversed(losses), "none")
             raise RuntimeError(f"round {round_}, hospital {hospital}: {error}") from error
         yield round_, losses

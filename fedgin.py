@@ -8,13 +8,16 @@ trains on scans redrawn by GIN (gin.py), beside the arms that it is compared wit
 """
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import os
 import platform
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -56,6 +59,7 @@ SCENARIOS = {  # the arms that run without --arms
 }
 RATIOS = {"1:1": 1, "1:2": 2, "1:5": 5, "all": math.inf}  # CT training cases for each MRI one
 PHANTOMS = {"train": range(12), "val": range(12, 16), "test": range(16, 24)}  # of each modality
+FORMAT = 1  # of checkpoints and config.json
 SCANS = {"rounds": 100, "local_steps": 50, "patch": 96, "width": 32, "depth": 5, "lr": 1e-3}
 
 
@@ -97,6 +101,7 @@ class Config:
     gin_probability: float = flag(1.0, "share of images that GIN redraws, in arms that use it")
     nsd_tolerance: float = flag(2.0, "mm within which a surface voxel counts as right")
     out: str = flag("", "folder for the results (default: runs/SCENARIO)", metavar="DIR")
+    resume: bool = flag(False, "go on with the run in --out where it stopped, if there is one")
 
 
 class Hospital(NamedTuple):
@@ -117,12 +122,24 @@ class Client(NamedTuple):
 # -------------------------------------------------------------------------------- training an arm
 
 
-def train_arm(config: Config, arm: Arm, clients: dict[str, Client], seed: int, device) -> Iterator:
-    """Train one arm by FedAvg, yielding (round, mean loss, model) after each round."""
-    with torch.random.fork_rng(devices=[]):  # all arms of a seed start from these weights
+def make_model(config: Config, seed: int, device: torch.device) -> nn.Module:
+    """The U-Net with the initial weights that all arms of a seed start from."""
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = UNet3D(1, len(config.organs) + 1, config.width, config.depth)
-    model.to(device, memory_format=torch.channels_last_3d)
+    return model.to(device, memory_format=torch.channels_last_3d)
+
+
+def train_arm(
+    config: Config,
+    arm: Arm,
+    clients: dict[str, Client],
+    seed: int,
+    model: nn.Module,
+    start: int = 0,
+) -> Iterator[tuple[int, float]]:
+    """Train a model in place by FedAvg, yielding (round, mean loss) after each round."""
+    device = next(model.parameters()).device
     losses = {name: segmentation_loss(c.cases, config, device) for name, c in clients.items()}
 
     def train(name: str, round_: int) -> float:
@@ -132,7 +149,7 @@ def train_arm(config: Config, arm: Arm, clients: dict[str, Client], seed: int, d
             augment = GIN(config.gin_probability, generator=generator(seed, round_, name, "gin"))
         draws = generator(seed, round_, name, "patches")
         batches = data.patches(cases, config.patch, config.batch_size, steps, draws)
-        return train_locally(
+        loss = train_locally(
             model,
             (
                 (augment(images.to(device)), (labels.to(device), labelled.to(device)))
@@ -142,10 +159,14 @@ def train_arm(config: Config, arm: Arm, clients: dict[str, Client], seed: int, d
             lr=config.lr * (1 - (round_ - 1) / config.rounds) ** 0.9,
             autocast=evaluate.mixed_precision(device),
         )
+        guessing = math.log(len(config.organs) + 1) + 1  # the loss of equal probabilities
+        if loss > 10 * guessing:
+            raise ValueError(f"the loss has exploded to {loss:.3g}; a lower --lr may help")
+        return loss
 
     n_k = {name: len(client.cases) for name, client in clients.items()}
-    for round_, loss in federated_rounds(model, n_k, train, config.rounds):
-        yield round_, sum(loss.values()) / len(loss), model
+    for round_, loss in federated_rounds(model, n_k, train, config.rounds, start):
+        yield round_, sum(loss.values()) / len(loss)
 
 
 def generator(*key) -> torch.Generator:
@@ -167,20 +188,22 @@ def segmentation_loss(cases: Sequence[Volume], config: Config, device: torch.dev
     classes = len(config.organs) + 1
     counts = sum(np.bincount(case.labels.ravel(), minlength=classes) for case in cases)
     weight = torch.from_numpy(counts).clamp(min=1).float().rsqrt().to(device)
+    partial = not all(case.labelled.all() for case in cases)
 
     def loss(logits: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
         labels, labelled = targets
         known = labelled[:, :, None, None, None]  # (B, classes, 1, 1, 1)
         log_p = logits.log_softmax(dim=1)  # (B, classes, D, H, W)
-        rest = log_p.masked_fill(known, -torch.inf)  # the unlabelled organs
-        rest = torch.cat([log_p[:, :1], rest[:, 1:]], dim=1).logsumexp(dim=1, keepdim=True)
-        log_p = torch.cat([rest, log_p[:, 1:]], dim=1)
+        if partial:
+            unknown = log_p.masked_fill(known, -torch.inf)[:, 1:]
+            background = torch.cat([log_p[:, :1], unknown], dim=1).logsumexp(dim=1, keepdim=True)
+            log_p = torch.cat([background, log_p[:, 1:]], dim=1)
         p, truth = log_p.exp() * known, F.one_hot(labels, classes).movedim(-1, 1)
         overlap = (p * truth).sum((0, 2, 3, 4))
         size = p.sum((0, 2, 3, 4)) + truth.sum((0, 2, 3, 4))
         dice = ((2 * overlap + 1) / (size + 1))[1:]
-        present = known.any(dim=0).flatten()[1:]
-        return F.nll_loss(log_p, labels, weight) + 1 - dice[present].mean()
+        there = labelled.any(dim=0)[1:]
+        return F.nll_loss(log_p, labels, weight) + 1 - (dice * there).sum() / there.sum()
 
     return loss
 
@@ -318,8 +341,8 @@ def choose_clients(config: Config, label: str, hospitals: Sequence[Hospital]) ->
 def run(config: Config) -> None:
     """Train and test every arm with every seed, and write the results to config.out."""
     out = Path(config.out)
-    if (out / "config.json").exists():
-        raise DataError(f"{out}: already holds a run; choose another --out or remove that folder")
+    if (out / "config.json").exists() and not config.resume:
+        raise DataError(f"{out}: already holds a run; --resume continues it, --out makes another")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(describe(config, device))
     hospitals = load_hospitals(config)
@@ -331,41 +354,103 @@ def run(config: Config) -> None:
     for _, label, clients in plan[: len(plan) // len(config.seeds)]:
         shares = (f"{name} {len(client.cases)}" for name, client in clients.items())
         print(f"{label + ':':20} training cases: {', '.join(shares)}")
-    out.mkdir(parents=True, exist_ok=True)
-    save_config(config, hospitals)
-    results: list[dict] = []
-    for seed, label, clients in plan:
-        model = fit(config, label, clients, hospitals[seed], seed, device)
-        scores = test(config, model, hospitals[seed], device)
-        results += [{"seed": seed, "arm": label, **score} for score in scores]
-        write(out / "results.json", json.dumps(results, indent=1))
-    summary = evaluate.summarize(results, config.organs)
-    report = "\n\n".join([title(config), evaluate.table(summary, config.organs), in_words(summary)])
-    write(out / "results.md", report + "\n")
+    with locked(out):
+        done, state = open_run(config, hospitals)
+        for seed, label, clients in plan:
+            if [seed, label] in done["finished"]:
+                continue
+            try:
+                model = fit(config, label, clients, hospitals[seed], seed, device, state)
+                scores = test(config, model, hospitals[seed], device)
+                done["results"] += [{"seed": seed, "arm": label, **score} for score in scores]
+                done["finished"].append([seed, label])
+                write(out / "results.json", json.dumps(done, indent=1).encode())
+            except (DataError, RuntimeError, OSError, MemoryError) as error:
+                raise RuntimeError(f"seed {seed}, arm {label}: {error}") from error
+        summary = evaluate.summarize(done["results"], config.organs)
+        tables = evaluate.table(summary, config.organs)
+        report = "\n\n".join([title(config), tables, in_words(summary)])
+        write(out / "results.md", f"{report}\n".encode())
+        (out / "checkpoint.pt").unlink(missing_ok=True)
     print(f"\n{report}\n\nEverything is in {out}{os.sep}")
 
 
-def fit(config: Config, label: str, clients, hospitals, seed: int, device) -> nn.Module:
-    """Train an arm behind a progress bar; return the model of the best validation Dice, saved."""
-    arm, out, best = ARMS[label.split(maxsplit=1)[0]], Path(config.out), (-math.inf, 0, {})
-    with tqdm(total=config.rounds, desc=f"{label}, seed {seed}", unit="round") as bar:
-        for round_, loss, model in train_arm(config, arm, clients, seed, device):
+def fit(config, label: str, clients, hospitals, seed: int, device, state: dict) -> nn.Module:
+    """Train an arm behind a progress bar; return the model of the best validation Dice, saved.
+
+    state is what the last checkpoint held. It is brought up to date and saved after every round, so
+    that an arm goes on in the round in which it stopped.
+    """
+    arm, out = ARMS[label.split(maxsplit=1)[0]], Path(config.out)
+    model = make_model(config, seed, device)
+    if (state.get("seed"), state.get("arm")) == (seed, label):
+        model.load_state_dict(state["weights"])
+    else:
+        state |= {"seed": seed, "arm": label, "round": 0, "best": {"val_dice": -math.inf}}
+    title = f"{label}, seed {seed}"
+    with tqdm(total=config.rounds, initial=state["round"], desc=title, unit="round") as bar:
+        for round_, loss in train_arm(config, arm, clients, seed, model, state["round"]):
             dice = {m: validate(config, model, hospitals, m, device) for m in arm.modalities}
             mean = sum(dice.values()) / len(dice)
-            if mean > best[0] or not best[2]:
-                weights = {key: w.cpu().clone() for key, w in model.state_dict().items()}
-                best = mean, round_, weights
-            append_history(out / "history.csv", seed, label, round_, loss, dice)
+            weights = {key: w.cpu().clone() for key, w in model.state_dict().items()}
+            if mean > state["best"]["val_dice"] or round_ == 1:
+                state["best"] = {"val_dice": mean, "round": round_, "weights": weights}
+            row = [seed, label, round_, loss, dice.get("mri", ""), dice.get("ct", "")]
+            state |= {"round": round_, "weights": weights, "history": [*state["history"], row]}
+            save(out / "checkpoint.pt", state)
+            write_history(out / "history.csv", state["history"])
             shown = {f"val_{m}": f"{d:.3f}" for m, d in dice.items()}
             bar.set_postfix(loss=f"{loss:.3f}", **shown, refresh=False)
             bar.update()
-    model.load_state_dict(best[2])
+    model.load_state_dict(state["best"]["weights"])
     name = label.replace(":", "-").replace(" ", "-") + f"-seed{seed}" * (len(config.seeds) > 1)
-    checkpoint = dict(zip(("val_dice", "round", "weights"), best, strict=True))
-    checkpoint |= {"arm": label, "seed": seed, "model": model_needs(config)}
-    torch.save(checkpoint, out / f"{name}.pt.tmp")
-    os.replace(out / f"{name}.pt.tmp", out / f"{name}.pt")
+    about = {"format": FORMAT, "arm": label, "seed": seed, "model": model_needs(config)}
+    save(out / f"{name}.pt", {**state["best"], **about})
     return model
+
+
+def open_run(config: Config, hospitals: dict[int, list[Hospital]]) -> tuple[dict, dict]:
+    """What the run in config.out has done, and its last checkpoint; both empty for a new run.
+
+    Raises DataError with the fields that differ if that run had other settings or other data.
+    """
+    out = Path(config.out)
+    ours = json.loads(json.dumps(about_run(config, hospitals)))
+    if not (out / "config.json").exists():
+        write(out / "config.json", json.dumps(ours, indent=1).encode())
+    theirs = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    pairs = [(key, ours[key], theirs.get(key)) for key in ("format", "splits", "files")]
+    settings = theirs.get("config", {})
+    pairs += [(key, value, settings.get(key)) for key, value in ours["config"].items()]
+    places = ("out", "cache", "no_cache", "resume")
+    differ = [key for key, a, b in pairs if a != b and key not in places]
+    if differ:
+        raise DataError(f"{out}: holds a run with other {', '.join(differ)}; choose another --out")
+    done, state = {"finished": [], "results": []}, {"history": []}
+    if (out / "results.json").exists():
+        done = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    if (out / "checkpoint.pt").exists():
+        state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
+    return done, state
+
+
+@contextlib.contextmanager
+def locked(out: Path):
+    """Make a folder and keep every other process out of it; the system frees it if we die."""
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "lock", "a", encoding="utf-8") as file:
+        try:
+            if os.name == "nt":
+                import msvcrt
+
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise DataError(f"{out}: another process is at work on this run") from error
+        yield
 
 
 def model_needs(config: Config) -> dict:
@@ -435,32 +520,46 @@ def describe(config: Config, device: torch.device) -> str:
     return "\n".join([first, *settings, f"  {'device':16} {device}, torch {torch.__version__}"])
 
 
-def save_config(config: Config, hospitals: dict[int, list[Hospital]]) -> None:
-    """Write config.json: settings, versions, and which case of which hospital went where."""
+def about_run(config: Config, hospitals: dict[int, list[Hospital]]) -> dict:
+    """What config.json holds: settings, versions, which case went where, what its files were."""
     splits = {
         seed: {h.name: {part: [c.id for c in getattr(h, part)] for part in PHANTOMS} for h in group}
         for seed, group in hospitals.items()
     }
+    files = {
+        f"{h.name}/{c.id}": [list(stamp[1:]) for stamp in data.fingerprint(c.case, config.organs)]
+        for h in hospitals[config.seeds[0]]
+        for c in (*h.train, *h.val, *h.test)
+        if c.case
+    }
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    content = {"config": dataclasses.asdict(config), "versions": versions, "splits": splits}
-    write(Path(config.out) / "config.json", json.dumps(content, indent=1))
+    settings = dataclasses.asdict(config)
+    about = {"format": FORMAT, "config": settings, "versions": versions}
+    return about | {"splits": splits, "files": files}
 
 
-def append_history(path: Path, seed: int, label: str, round_: int, loss: float, dice: dict) -> None:
-    """Add a line to history.csv, and its header before the first."""
-    new = not path.exists()
-    with open(path, "a", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(["seed", "arm", "round", "loss", "val_dice_mri", "val_dice_ct"])
-        writer.writerow([seed, label, round_, loss, dice.get("mri", ""), dice.get("ct", "")])
+def write_history(path: Path, rows: list[list]) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["seed", "arm", "round", "loss", "val_dice_mri", "val_dice_ct"])
+    writer.writerows(rows)
+    write(path, text.getvalue().encode())
 
 
-def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+def save(path: Path, content: dict) -> None:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write(path, buffer.getvalue())
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, on the disk when this returns."""
+    temporary = path.with_name(f"tmp-{path.name}")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 class Parser(argparse.ArgumentParser):
@@ -529,14 +628,20 @@ def check(config: Config) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; exit code 0, 1 for a run that failed, 2 for bad input, 130 for a stop."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does
     try:
         run(parse(argv))
     except DataError as error:
         print(f"fedgin.py: {error}", file=sys.stderr)
         return 2
-    except RuntimeError as error:
+    except (RuntimeError, OSError, MemoryError) as error:
         print(f"fedgin.py: the run failed: {error}", file=sys.stderr)
+        print("Finished rounds are kept; the same command with --resume goes on.", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\nfedgin.py: stopped; the same command with --resume goes on.", file=sys.stderr)
+        return 130
     return 0
 
 

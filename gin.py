@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 CONVOLUTION = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}  # by the number of spatial axes
+CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 
 @torch.no_grad()
@@ -89,10 +90,12 @@ def _random_network(h: Tensor, channels: list, kernel_sizes: tuple, generator) -
         if layer > 0:
             h = F.leaky_relu_(h, 0.01)
         # The images side by side as channels of one image, each in a group of its own: one call,
-        # and no kernel ever sees two images.
+        # and no kernel ever sees two images. On the CPU channels-last is the faster layout for it.
         h = h.reshape(1, batch * c_in, *space)
+        if h.device.type == "cpu" and len(space) > 1:
+            h = h.contiguous(memory_format=CHANNELS_LAST[len(space)])
         h = CONVOLUTION[len(space)](h, kernels, biases, padding=k // 2, groups=batch)
-    return h.reshape(batch, channels[-1], *space)
+    return h.reshape(batch, channels[-1], *space).contiguous()
 
 
 def _draw(sampler, shape: tuple, device, generator, *bounds) -> Tensor:

@@ -42,7 +42,7 @@ def test_a_run_leaves_what_it_promises(phantom_run):
     saved = json.loads((phantom_run / "config.json").read_text())
     assert saved["config"]["seeds"] == [1, 2]
     assert len(saved["splits"]["1"]["ct"]["train"]) == 12
-    results = json.loads((phantom_run / "results.json").read_text())
+    results = json.loads((phantom_run / "results.json").read_text())["results"]
     arms = {f"{arm} {ratio}" for arm in ARMS[1:] for ratio in ("1:1", "all")}
     assert {r["arm"] for r in results} == arms | {"mri-only"}
     assert len(results) == 7 * 2 * 2 * 8  # arms, seeds, modalities, test cases
@@ -64,7 +64,7 @@ def test_a_checkpoint_gives_the_results_back(phantom_run):
     labels = evaluate.segment(model, case.image, needs["patch"], case.labels.shape, device)
     [saved] = [
         r["scores"]
-        for r in json.loads((phantom_run / "results.json").read_text())
+        for r in json.loads((phantom_run / "results.json").read_text())["results"]
         if (r["arm"], r["seed"], r["case"]) == ("fedgin 1:1", 2, case.id) and r["modality"] == "mri"
     ]
     assert evaluate.score_case(labels, case.labels, needs["organs"], (SPACING,) * 3) == saved
@@ -200,7 +200,7 @@ def test_a_run_on_folders(tmp_path, ct_folder, mri_folder, capsys):
     assert command(*words, "--arms", "fedgin", "mri-only") == 0
     shown = capsys.readouterr().out
     assert "PHANTOM" not in shown
-    results = json.loads((tmp_path / "out/results.json").read_text())
+    results = json.loads((tmp_path / "out/results.json").read_text())["results"]
     assert {(r["hospital"], r["case"]) for r in results if r["modality"] == "ct"} == {
         ("ct_set", "s0003")
     }
@@ -216,7 +216,7 @@ def test_a_test_folder_is_only_tested_on(tmp_path, ct_folder, mri_folder):
     held_out = write_totalsegmentator(tmp_path / "held_out", "mri", 2, seed=9)
     words = ["--ct", ct_folder, "--mri", mri_folder, "--test", held_out, "--spacing", 12]
     assert command(*words, "--arms", "fl", "--out", tmp_path / "out") == 0
-    results = json.loads((tmp_path / "out/results.json").read_text())
+    results = json.loads((tmp_path / "out/results.json").read_text())["results"]
     assert {(r["hospital"], r["case"]) for r in results} == {
         ("held_out", "s0000"),
         ("held_out", "s0001"),

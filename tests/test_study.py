@@ -329,7 +329,7 @@ def test_partial_labels_train_each_hospital_on_what_it_has(tmp_path, ct_folder, 
     assert run(*words, "--out", tmp_path / "out") == 2
     assert "--partial-labels" in capsys.readouterr().err
     assert run(*words, "--out", tmp_path / "out", "--partial-labels") == 0
-    for result in json.loads((tmp_path / "out/results.json").read_text()):
+    for result in json.loads((tmp_path / "out/results.json").read_text())["results"]:
         outcomes = {organ: s["outcome"] == "unlabelled" for organ, s in result["scores"].items()}
         lacking = result["modality"] == "mri"
         assert outcomes == {o: lacking and o not in ("liver", "spleen") for o in ORGANS}
@@ -341,7 +341,7 @@ def test_amos_is_the_test_set_of_both(tmp_path, ct_folder, mri_folder):
     write_amos(tmp_path / "amos", "mri", 2)
     words = ["--ct", ct_folder, "--mri", mri_folder, "--test", tmp_path / "amos", "--arms", "fl"]
     assert run(*words, "--out", tmp_path / "out") == 0
-    results = json.loads((tmp_path / "out/results.json").read_text())
+    results = json.loads((tmp_path / "out/results.json").read_text())["results"]
     assert {(r["modality"], r["case"]) for r in results} == {
         ("ct", "amos_0001"),
         ("ct", "amos_0002"),
