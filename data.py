@@ -371,6 +371,14 @@ def read_case(case: Case, organs: Sequence[str]) -> tuple[Scan | None, np.ndarra
     return scan, labels, troubles
 
 
+def read_usable(case: Case, organs: Sequence[str]) -> tuple[Scan, np.ndarray]:
+    """Scan and labels of read_case; raises DataError for what keeps the case from being used."""
+    scan, labels, troubles = read_case(case, organs)
+    if scan is None or labels is None:
+        raise DataError("\n".join(str(trouble) for trouble in troubles if not trouble.usable))
+    return scan, labels
+
+
 def _try_read(path: Path, troubles: list[Trouble]) -> Scan | None:
     try:
         scan = read_nifti(path)
@@ -443,9 +451,7 @@ def load_case(case: Case, organs: Sequence[str], spacing: float) -> Volume:
 
     Raises DataError, naming the file, for what keeps it from being used.
     """
-    scan, truth, troubles = read_case(case, organs)
-    if truth is None:
-        raise DataError("\n".join(str(trouble) for trouble in troubles if not trouble.usable))
+    scan, truth = read_usable(case, organs)
     image = to_model_grid(scan, case.modality, spacing)
     one_hot = (torch.from_numpy(truth == label).float() for label in range(len(organs) + 1))
     labels = resample_labels(one_hot, image.shape)
@@ -707,24 +713,26 @@ def inspect(case: Case) -> dict:
 
 def summarize(reports: Sequence[dict]) -> list[str]:
     """Lines that sum up the usable cases of a folder, by modality."""
+
+    def span(values: Sequence[float]) -> str:
+        low, high = min(values), max(values)
+        return f"{low:.6g}" if low == high else f"{low:.6g}…{high:.6g}"
+
     lines = []
     for modality in sorted({report["modality"] for report in reports}):
         cases = [r for r in reports if r["modality"] == modality and r["usable"]]
         total = sum(r["modality"] == modality for r in reports)
         lines.append(f"  {modality.upper()}: {len(cases)} of {total} cases usable")
-        for key, unit in (("spacing", "mm"), ("size", "voxels")) if cases else ():
+        if not cases:
+            continue
+        for key, unit in (("spacing", "mm"), ("size", "voxels")):
             axes = zip(*(r[key] for r in cases), strict=True)
-            ranges = (f"{min(a):.4g}…{max(a):.4g}" for a in axes)
-            lines.append(f"    {key + ' ' + unit:16} {' × '.join(ranges)}")
+            lines.append(f"    {key:12} {' × '.join(map(span, axes))} {unit}")
         for organ in ORGANS:
             voxels = [r["voxels"][organ] for r in cases if organ in r["voxels"]]
             there = [n for n in voxels if n]
-            if there:
-                spread = f"{min(there)}…{max(there)} voxels"
-                lines.append(f"    {organ:16} in {len(there)} of {len(voxels)} cases, {spread}")
-            else:
-                state = "in no case" if voxels else "not labelled"
-                lines.append(f"    {organ:16} {state}")
+            text = f"{len(there)} of {len(voxels)} cases" if voxels else "not labelled"
+            lines.append(f"    {organ:12} {text}{f', {span(there)} voxels' if there else ''}")
     return lines
 
 

@@ -50,14 +50,9 @@ def sliding_window(
     if not 0 <= overlap < 1 or len(patch) != len(space) or min(patch) < 1:
         raise ValueError(f"overlap {overlap} must lie in [0, 1), patch {patch} fit {tuple(space)}")
     missing = [max(p - n, 0) for p, n in zip(patch, space, strict=True)]
-    margins = [(m // 2, m - m // 2) for m in missing]
-    flat = [side for margin in reversed(margins) for side in margin]
-    padded = F.pad(volume, flat, value=float(volume.min()))
-    starts = [_starts(n, p, overlap) for n, p in zip(padded.shape[1:], patch, strict=True)]
-    windows = [
-        (slice(None), *(slice(start, start + p) for start, p in zip(corner, patch, strict=True)))
-        for corner in itertools.product(*starts)
-    ]
+    margins = [side for m in reversed(missing) for side in (m // 2, m - m // 2)]  # last axis first
+    padded = F.pad(volume, margins, value=float(volume.min()))
+    windows = _windows(padded.shape[1:], patch, overlap)
     weight = _gaussian(patch).to(volume.device)
     total, weights = None, torch.zeros_like(padded[:1], dtype=torch.float32)
     for first in range(0, len(windows), batch_size):
@@ -66,14 +61,22 @@ def sliding_window(
         filled = group + group[-1:] * (batch_size - len(group))
         outputs = model(torch.stack([padded[window] for window in filled])).float()
         outputs = outputs.to(volume.device)
-        outputs = outputs.to(volume.device)
         if total is None:
             total = outputs.new_zeros(outputs.shape[1], *padded.shape[1:])
         for window, output in zip(group, outputs, strict=False):
             total[window] += weight * output
             weights[window] += weight
-    inside = [slice(before, before + n) for (before, _), n in zip(margins, space, strict=True)]
-    return (total / weights)[(slice(None), *inside)]
+    inside = [slice(m // 2, m // 2 + n) for m, n in zip(missing, space, strict=True)]
+    return total.div_(weights)[(slice(None), *inside)]
+
+
+def _windows(space: Sequence[int], patch: Sequence[int], overlap: float) -> list[tuple]:
+    """The index, all channels, of each patch that a volume is cut into."""
+    starts = [_starts(n, p, overlap) for n, p in zip(space, patch, strict=True)]
+    return [
+        (slice(None), *(slice(start, start + p) for start, p in zip(corner, patch, strict=True)))
+        for corner in itertools.product(*starts)
+    ]
 
 
 def _starts(size: int, patch: int, overlap: float) -> list[int]:
@@ -347,15 +350,16 @@ def find_scans(paths: Sequence[str], modality: str | None, layout: str | None) -
 
 def predict(case, model, needs: dict, out: Path, device, tolerance: float) -> dict[str, dict]:
     """Write the label map of a scan to out/ID.nii.gz on the scan's own grid; return its scores."""
-    from data import DataError, read_case, to_model_grid, to_scan_grid, write_nifti
+    from data import read_nifti, read_usable, to_model_grid, to_scan_grid, write_nifti
 
-    scan, truth, troubles = read_case(case, needs["organs"])
-    if scan is None or (case.masks and truth is None):
-        raise DataError("\n".join(str(t) for t in troubles if not t.usable))
+    if case.masks:
+        scan, truth = read_usable(case, needs["organs"])
+    else:
+        scan, truth = read_nifti(case.image), None
     image = to_model_grid(scan, case.modality, needs["spacing"])
     labels = segment(model, image, needs["patch"], scan.voxels.shape, device)
     write_nifti(out / f"{case.id}.nii.gz", to_scan_grid(labels, scan), scan)
-    if not case.masks:
+    if truth is None:
         return {}
     labelled = [True] + [organ in case.masks for organ in needs["organs"]]
     settings = {"tolerance": tolerance, "labelled": labelled}

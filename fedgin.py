@@ -91,7 +91,7 @@ class Config:
     cache: str = flag("", "for preprocessed scans (default: cache, beside --out)", metavar="DIR")
     no_cache: bool = flag(False, "keep preprocessed scans in memory instead")
     spacing: float = flag(2.0, "voxel size, mm, to which scans are resampled")
-    rounds: int = flag(30, "federated rounds")
+    rounds: int = flag(20, "federated rounds")
     local_steps: int = flag(20, "batches that a hospital trains each round, whatever its size")
     batch_size: int = flag(2, "patches a batch")
     patch: int = flag(32, "width of a patch, voxels")
@@ -233,7 +233,7 @@ def test(config: Config, model: nn.Module, hospitals: Sequence[Hospital], device
         for case in hospital.test:
             truth, spacing = case.labels, (phantom.SPACING,) * 3
             if case.case:
-                scan, truth, _ = data.read_case(case.case, config.organs)
+                scan, truth = data.read_usable(case.case, config.organs)
                 spacing = scan.spacing
             pred = evaluate.segment(model, case.image, config.patch, truth.shape, device)
             settings = {"tolerance": config.nsd_tolerance, "labelled": case.labelled}
@@ -392,6 +392,7 @@ def fit(config, label: str, clients, hospitals, seed: int, device, state: dict) 
         for round_, loss in train_arm(config, arm, clients, seed, model, state["round"]):
             dice = {m: validate(config, model, hospitals, m, device) for m in arm.modalities}
             mean = sum(dice.values()) / len(dice)
+            mean = -1.0 if math.isnan(mean) else mean  # no organ in any validation case
             weights = {key: w.cpu().clone() for key, w in model.state_dict().items()}
             if mean > state["best"]["val_dice"] or round_ == 1:
                 state["best"] = {"val_dice": mean, "round": round_, "weights": weights}
@@ -485,22 +486,28 @@ def title(config: Config) -> str:
 def in_words(summary: dict) -> str:
     """FedGIN against FL, the best local arm and centralized+gin: the paper's three comparisons."""
 
-    def dice(arm: str, modality: str) -> float:
-        return summary[arm]["dice", modality][0]
+    def against(ours: str, theirs: str, modality: str) -> str:
+        a, b = (summary[arm]["dice", modality][0] for arm in (ours, theirs))
+        change = f" ({a / b - 1:+.0%})" if b > 0 else ""
+        return f"{modality.upper()} Dice {a:.3f} to {theirs}'s {b:.3f}{change}"
 
+    local = [arm for arm in summary if arm.startswith(("mri-only", "ct-only"))]
     lines = []
-    for fedgin in (arm for arm in summary if arm.split()[0] == "fedgin"):
-        ratio = fedgin.removeprefix("fedgin")
-        for modality in ("mri", "ct"):
-            locals_ = [a for a in summary if a.split()[0].split("+")[0] in ("mri-only", "ct-only")]
-            best_local = max(locals_, key=lambda a: dice(a, modality), default=None)
-            for name in ("fl" + ratio, best_local, "centralized+gin" + ratio):
-                if name in summary:
-                    ours, theirs = dice(fedgin, modality), dice(name, modality)
-                    lines.append(
-                        f"- {modality.upper()}: {fedgin} {ours:.3f}, {name} {theirs:.3f}: "
-                        f"{ours - theirs:+.3f}, {ours / theirs:.0%} of it"
-                    )
+    for ours in (arm for arm in summary if arm.startswith("fedgin")):
+        best_local = {
+            m: max(local, key=lambda arm: summary[arm]["dice", m][0], default="")
+            for m in ("mri", "ct")
+        }
+        ratio = ours.removeprefix("fedgin")
+        for name, theirs in (
+            ("FL", dict.fromkeys(("mri", "ct"), f"fl{ratio}")),
+            ("the best local arm", best_local),
+            ("centralized+gin", dict.fromkeys(("mri", "ct"), f"centralized+gin{ratio}")),
+        ):
+            tested = [m for m in ("mri", "ct") if not math.isnan(summary[ours]["dice", m][0])]
+            if tested and set(theirs.values()) <= summary.keys():
+                words = (against(ours, theirs[m], m) for m in tested)
+                lines.append(f"- {ours} against {name}: {', '.join(words)}")
     return "\n".join(lines)
 
 

@@ -80,14 +80,14 @@ def _draw_anatomy(rng: np.random.Generator) -> np.ndarray:
     """Paint ANATOMY with sizes, places, rotation and smooth deformation of this case's own."""
     axis = (np.arange(SIZE) + 0.5) * 2 / SIZE - 1
     grid = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"))  # (3, x, y, z) in -1…1
-    grid = np.tensordot(_rotation(rng.normal(0, np.radians(7), 3)), grid, axes=1)
-    grid *= rng.normal(1, 0.05, (3, 1, 1, 1))
-    grid += _smooth_noise(rng, (3,), sigma=SIZE / 6) * 0.05
+    grid = np.tensordot(_rotation(rng.normal(0, np.radians(5), 3)), grid, axes=1)
+    grid *= rng.normal(1, 0.04, (3, 1, 1, 1))
+    grid += _smooth_noise(rng, (3,), sigma=SIZE / 6) * 0.04
     tissues = np.zeros((SIZE,) * 3, dtype=np.int64)
     for name, centre, radii in ANATOMY:
         loose = 0.0 if 2.0 in radii else 1.0  # what runs through the volume stays in its place
-        middle = np.array(centre) + loose * rng.normal(0, 0.05, 3)
-        size = np.array(radii) * rng.normal(1, 0.12 * loose + 0.03, 3).clip(0.7, 1.3)
+        middle = np.array(centre) + loose * rng.normal(0, 0.04, 3)
+        size = np.array(radii) * rng.normal(1, 0.1 * loose + 0.03, 3).clip(0.75, 1.25)
         offset = (grid - middle.reshape(3, 1, 1, 1)) / size.reshape(3, 1, 1, 1)
         tissues[(offset**2).sum(0) < 1] = CODE[name]
     return tissues
@@ -104,8 +104,8 @@ def _render_mri(tissues: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A mix of T1 and T2 weighting, partial volume, a bias field and Rician noise."""
     t2_weighting = rng.beta(0.5, 0.5)  # mostly one or the other
     values = (1 - t2_weighting) * VALUES[:, 1] + t2_weighting * VALUES[:, 2]
-    values *= rng.normal(1, 0.12, len(values)).clip(0.6, 1.4)
-    values[CODE["fat"]] *= rng.uniform(0.2, 1)  # fat suppression, more or less of it
+    values *= rng.normal(1, 0.2, len(values)).clip(0.5, 1.5)
+    values[CODE["fat"]] *= rng.uniform(0.35, 1)  # fat suppression, more or less of it
     image = ndimage.gaussian_filter(values[tissues], 0.5)
     image *= np.exp(0.25 * _smooth_noise(rng, (), sigma=SIZE / 3))
     real, imaginary = rng.normal(0, 0.02, (2, *image.shape))

@@ -101,3 +101,7 @@ def ct_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def mri_folder(tmp_path_factory):
     return write_nnunet(tmp_path_factory.mktemp("nnunet") / "Dataset001_MRI", "mri", 4)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=20, help="of a run, at random moments (20)")

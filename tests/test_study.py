@@ -23,7 +23,7 @@ import fedgin
 from data import ORGANS, DataError, find_cases, load_case, load_cases, read_case, read_nifti
 from phantom import SPACING, phantom
 
-TINY = ["--rounds", "1", "--local-steps", "1", "--batch-size", "1"]
+TINY = ["--rounds", "1", "--local-steps", "1", "--batch-size", "2"]
 TINY += ["--patch", "32", "--width", "2", "--depth", "2"]
 OBLIQUE = nibabel.eulerangles.euler2mat(0.3, -0.2, 0.15)
 
