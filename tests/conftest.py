@@ -1,13 +1,20 @@
 """Small data sets in the layouts that the program reads."""
 
+import functools
 import json
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # two tests at a time, and the commands that they start
 
 import nibabel
 import numpy as np
 import pytest
 
+import phantom as phantom_module
 from data import ORGANS, TOTALSEGMENTATOR_MASKS
-from phantom import SPACING, phantom
+
+SPACING = phantom_module.SPACING
+phantom = phantom_module.phantom = functools.cache(phantom_module.phantom)  # made once, read often
 
 NNUNET_LABELS = {
     "background": 0,

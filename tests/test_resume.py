@@ -1,147 +1,19 @@
-"""A run is never lost: killed, starved or poisoned, it says so, and --resume mends it."""
+"""What keeps a run from being lost: refusals, and every fault with its message and its repair."""
 
 import json
 import os
-import random
 import resource
 import shutil
-import signal
-import subprocess
-import sys
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import truncate, write_totalsegmentator
+from runs import assert_same, command, outcome
 
 import data
 import fedgin
-
-ROOT = Path(__file__).parent.parent
-TINY = ["--rounds", "4", "--local-steps", "2", "--batch-size", "2", "--patch", "32"]
-TINY += ["--width", "2", "--depth", "2", "--arms", "fl", "fedgin"]
-
-
-def command(*words):
-    return fedgin.main([*TINY, *map(str, words)])
-
-
-def outcome(out):
-    """All that a finished run leaves and that must not depend on how it got there, by file name."""
-    files = {}
-    for path in sorted(out.iterdir()):
-        if path.suffix == ".pt":
-            files[path.name] = torch.load(path, weights_only=True)
-        elif path.name not in ("lock", "config.json"):
-            files[path.name] = path.read_bytes()
-    return files
-
-
-def assert_same(a, b):
-    assert a.keys() == b.keys()
-    for name, content in a.items():
-        if name.endswith(".pt"):
-            ours, theirs = content.pop("weights"), b[name].pop("weights")
-            assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-        assert content == b[name], name
-
-
-# ------------------------------------------------------------------------------- killed and resumed
-
-
-def start(out, *words):
-    """The real command in a process of its own, up to where it has read its cases."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "fedgin.py", *TINY, "--out", out, *words],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    for line in process.stdout:
-        if line.startswith("fedgin:"):
-            break
-    return process
-
-
-def finish(process):
-    _, error = process.communicate(timeout=60)
-    return process.returncode, error
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    out = tmp_path_factory.mktemp("undisturbed") / "out"
-    began = time.monotonic()
-    process = start(out)
-    ready = time.monotonic()
-    assert finish(process)[0] == 0
-    return out, time.monotonic() - ready, ready - began
-
-
-def kill_and_resume(out, kills, longest, seed, died):
-    draw = random.Random(seed)
-    for _ in range(kills):
-        process = start(out, "--resume")
-        time.sleep(draw.uniform(0, longest))
-        process.send_signal(signal.SIGKILL)
-        died.append(finish(process)[0] == -signal.SIGKILL)
-    died.append(finish(start(out, "--resume"))[0])
-
-
-def test_killed_at_random_moments_and_resumed_it_ends_the_same(undisturbed, tmp_path, request):
-    """SIGKILL between batches, in checkpoints, between arms, in evaluation: the same bits."""
-    calm, seconds, _ = undisturbed
-    kills = request.config.getoption("--kills") // 2
-    died = [[], []]
-    threads = [
-        threading.Thread(
-            target=kill_and_resume, args=(tmp_path / str(i), kills, seconds / 4, i, died[i])
-        )
-        for i in range(2)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for i in range(2):
-        assert len(died[i]) == kills + 1
-        assert died[i][-1] == 0
-        assert_same(outcome(calm), outcome(tmp_path / str(i)))
-    assert sum(died[0][:-1]) + sum(died[1][:-1]) >= kills  # the others had finished before
-
-
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_and_sigterm_say_how_to_go_on(stop, undisturbed, tmp_path):
-    calm, seconds, _ = undisturbed
-    process = start(tmp_path)
-    time.sleep(seconds / 3)
-    process.send_signal(stop)
-    code, error = finish(process)
-    assert code == 130
-    assert "the same command with --resume goes on" in error.splitlines()[-1]
-    assert "Traceback" not in error
-    assert finish(start(tmp_path, "--resume"))[0] == 0
-    assert_same(outcome(calm), outcome(tmp_path))
-
-
-def test_two_processes_do_not_share_a_run(tmp_path):
-    first = start(tmp_path, "--rounds", "50")
-    try:
-        for _ in range(100):
-            if (tmp_path / "config.json").exists():
-                break
-            time.sleep(0.05)
-        code, error = finish(start(tmp_path, "--rounds", "50", "--resume"))
-        assert code == 2
-        assert "another process is at work" in error
-    finally:
-        first.kill()
-        finish(first)
 
 
 def test_resume_refuses_other_settings_other_data_and_other_formats(tmp_path, capsys):

@@ -1,0 +1,32 @@
+"""Tiny runs of the command, and what of them must be the same."""
+
+import torch
+
+import fedgin
+
+TINY = ["--rounds", "4", "--local-steps", "2", "--batch-size", "2", "--patch", "32"]
+TINY += ["--width", "2", "--depth", "2", "--arms", "fl", "fedgin"]
+
+
+def command(*words):
+    return fedgin.main([*TINY, *map(str, words)])
+
+
+def outcome(out):
+    """All that a finished run leaves and that must not depend on how it got there, by file name."""
+    files = {}
+    for path in sorted(out.iterdir()):
+        if path.suffix == ".pt":
+            files[path.name] = torch.load(path, weights_only=True)
+        elif path.name not in ("lock", "config.json"):
+            files[path.name] = path.read_bytes()
+    return files
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name, content in a.items():
+        if name.endswith(".pt"):
+            ours, theirs = content.pop("weights"), b[name].pop("weights")
+            assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+        assert content == b[name], name

@@ -1,0 +1,106 @@
+"""The real command, killed and stopped at random moments: --resume ends as if nothing had been."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from runs import TINY, assert_same, outcome
+
+ROOT = Path(__file__).parent.parent
+
+
+def start(out, *words):
+    """The real command in a process of its own, up to where it has read its cases."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "fedgin.py", *TINY, "--out", out, *words],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if line.startswith("fedgin:"):
+            break
+    return process
+
+
+def finish(process):
+    _, error = process.communicate(timeout=60)
+    return process.returncode, error
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    process = start(out)
+    ready = time.monotonic()
+    assert finish(process)[0] == 0
+    return out, time.monotonic() - ready
+
+
+def kill_and_resume(out, kills, longest, seed, died):
+    draw = random.Random(seed)
+    for _ in range(kills):
+        process = start(out, "--resume")
+        time.sleep(draw.uniform(0, longest))
+        process.send_signal(signal.SIGKILL)
+        died.append(finish(process)[0] == -signal.SIGKILL)
+    died.append(finish(start(out, "--resume"))[0])
+
+
+def test_killed_at_random_moments_and_resumed_it_ends_the_same(undisturbed, tmp_path, request):
+    """SIGKILL between batches, in checkpoints, between arms, in evaluation: the same bits."""
+    calm, seconds = undisturbed
+    kills = request.config.getoption("--kills") // 2
+    died = [[], []]
+    threads = [
+        threading.Thread(
+            target=kill_and_resume, args=(tmp_path / str(i), kills, seconds / 3, i, died[i])
+        )
+        for i in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(2):
+        assert len(died[i]) == kills + 1
+        assert died[i][-1] == 0
+        assert_same(outcome(calm), outcome(tmp_path / str(i)))
+    assert sum(died[0][:-1]) + sum(died[1][:-1]) >= kills  # the others had finished before
+
+
+def test_ctrl_c_and_sigterm_say_how_to_go_on(undisturbed, tmp_path):
+    calm, seconds = undisturbed
+    for stop, moment in ((signal.SIGINT, seconds / 2), (signal.SIGTERM, 0.1)):
+        process = start(tmp_path, "--resume")
+        time.sleep(moment)
+        process.send_signal(stop)
+        code, error = finish(process)
+        assert code == 130
+        assert "the same command with --resume goes on" in error.splitlines()[-1]
+        assert "Traceback" not in error
+    assert finish(start(tmp_path, "--resume"))[0] == 0
+    assert_same(outcome(calm), outcome(tmp_path))
+
+
+def test_two_processes_do_not_share_a_run(tmp_path):
+    first = start(tmp_path, "--rounds", "50")
+    try:
+        for _ in range(100):
+            if (tmp_path / "config.json").exists():
+                break
+            time.sleep(0.05)
+        code, error = finish(start(tmp_path, "--rounds", "50", "--resume"))
+        assert code == 2
+        assert "another process is at work" in error
+    finally:
+        first.kill()
+        finish(first)
