@@ -386,17 +386,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         scans = find_scans(words.images, words.modality, words.layout)
         if (words.out / "labels.json").exists():
             raise DataError(f"{words.out}: already holds predictions; choose another --out")
-    except DataError as error:
+        words.out.mkdir(parents=True, exist_ok=True)
+        ids = {"background": 0} | {organ: n for n, organ in enumerate(needs["organs"], start=1)}
+        (words.out / "labels.json").write_text(json.dumps(ids, indent=1), encoding="utf-8")
+    except (DataError, OSError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 2
-    words.out.mkdir(parents=True, exist_ok=True)
-    ids = {"background": 0} | {organ: n for n, organ in enumerate(needs["organs"], start=1)}
-    (words.out / "labels.json").write_text(json.dumps(ids, indent=1))
     results, failed = [], 0
     for case in tqdm(scans.values(), desc="segmenting", unit="scan"):
         try:
             scores = predict(case, model, needs, words.out, device, words.nsd_tolerance)
-        except DataError as error:
+        except (DataError, OSError) as error:
             tqdm.write(f"evaluate.py: {error}", file=sys.stderr)
             failed += 1
         else:

@@ -77,16 +77,18 @@ class Config:
         "limited: few MRI training cases, CT added by --ratios; complete: all there is",
         choices=SCENARIOS,
     )
-    arms: tuple = flag((), "what to compare (default: the scenario's own)", choices=ARMS)
+    arms: tuple = flag(
+        (), f"of {', '.join(ARMS)} (default: the scenario's own)", choices=ARMS, metavar="ARM"
+    )
     ratios: tuple = flag(("1:5",), "MRI : CT training cases, if limited", choices=RATIOS)
     mri_cases: int = flag(2, "MRI training cases, if limited")
-    seeds: tuple = flag((42,), "one repetition each, reported as mean ± deviation", type=int)
+    seeds: tuple = flag((42,), "a repetition each: mean ± deviation", type=int, metavar="N")
     ct: tuple = flag((), "folders of CT scans, each a hospital", metavar="DIR")
     mri: tuple = flag((), "folders of MRI scans, each a hospital", metavar="DIR")
     test: tuple = flag((), "folders to test on, never trained on", metavar="DIR")
-    organs: tuple = flag(data.ORGANS, "what to segment", choices=data.ORGANS)
+    organs: tuple = flag(data.ORGANS, "what to segment", choices=data.ORGANS, metavar="ORGAN")
     partial_labels: bool = flag(False, "let a hospital lack some organs, and train on those it has")
-    layout: str = flag("", "of folders that look like two", choices=data.LAYOUTS)
+    layout: str = flag("", "of the folders, where one looks like two", choices=data.LAYOUTS)
     skip_bad: bool = flag(False, "leave out, and list, cases that cannot be used")
     cache: str = flag("", "for preprocessed scans (default: cache, beside --out)", metavar="DIR")
     no_cache: bool = flag(False, "keep preprocessed scans in memory instead")
@@ -589,6 +591,7 @@ def parse(argv: Sequence[str] | None) -> Config:
             more["nargs"] = "+"
         else:
             more["type"] = type(field.default)
+            more.setdefault("metavar", {int: "N", float: "X"}.get(more["type"]))
         more["help"] += describe_default(field)
         parser.add_argument("--" + field.name.replace("_", "-"), **more)
     given = vars(parser.parse_args(argv))
@@ -630,7 +633,9 @@ def check(config: Config) -> None:
             f"--patch {config.patch} does not fit --depth {config.depth}: it must be a multiple of "
             f"{divisor}, and larger"
         )
-    if config.test and not (config.ct or config.mri):
+    if Path(config.out).exists() and not Path(config.out).is_dir():
+        raise DataError(f"--out {config.out} is a file; it must be a folder, or a new name")
+    if config.test and on_phantoms(config):
         raise DataError("--test needs folders to train on; give --ct and --mri too")
 
 

@@ -244,11 +244,12 @@ def test_a_test_folder_is_only_tested_on(tmp_path, ct_folder, mri_folder):
         ("--patch 30 --depth 3", "--patch 30"),
         ("--test somewhere", "--test needs folders to train on"),
         ("--ct nowhere", "nowhere: no such folder"),
+        ("--out README.md", "--out README.md is a file"),
     ],
 )
 def test_bad_flags_take_one_line_and_exit_code_2(words, message, tmp_path, capsys):
     out = tmp_path / "out"
-    assert fedgin.main([*words.split(), "--out", str(out)]) == 2
+    assert fedgin.main(["--out", str(out), *words.split()]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert len(error.strip().splitlines()) == 1
