@@ -138,7 +138,7 @@ def train_arm(
     clients: dict[str, Client],
     seed: int,
     model: nn.Module,
-    start: int = 0,
+    start: int,
 ) -> Iterator[tuple[int, float]]:
     """Train a model in place by FedAvg, yielding (round, mean loss) after each round."""
     device = next(model.parameters()).device
@@ -317,7 +317,8 @@ def choose_clients(config: Config, label: str, hospitals: Sequence[Hospital]) ->
     name, _, ratio = label.partition(" ")
     arm, wanted = ARMS[name], {"mri": math.inf, "ct": math.inf}
     if config.scenario == "limited":
-        n_mri = min(config.mri_cases, sum(len(h.train) for h in hospitals if h.modality == "mri"))
+        there = sum(len(h.train) for h in hospitals if h.modality == "mri")
+        n_mri = min(config.mri_cases, there or math.inf)
         wanted = {"mri": n_mri, "ct": n_mri * RATIOS[ratio or config.ratios[0]]}
     chosen: dict[str, list[Volume]] = {}
     for modality in arm.modalities:

@@ -122,6 +122,8 @@ def test_an_arm_without_cases_is_refused():
     only_mri = fedgin.phantom_hospitals(settings, 1)[:1]
     with pytest.raises(fedgin.DataError, match="arm fl needs CT training cases .* --ct"):
         fedgin.choose_clients(settings, "fl", only_mri)
+    only_ct = fedgin.phantom_hospitals(settings, 1)[1:]
+    assert len(fedgin.choose_clients(settings, "ct-only", only_ct)["ct"].cases) == 10
 
 
 def test_organs_are_renumbered():
