@@ -19,6 +19,7 @@ import os
 import platform
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -60,6 +61,7 @@ SCENARIOS = {  # the arms that run without --arms
 RATIOS = {"1:1": 1, "1:2": 2, "1:5": 5, "all": math.inf}  # CT training cases for each MRI one
 PHANTOMS = {"train": range(12), "val": range(12, 16), "test": range(16, 24)}  # of each modality
 FORMAT = 1  # of checkpoints and config.json
+STOP = threading.Event()  # set by Ctrl-C and SIGTERM, seen between batches
 SCANS = {"rounds": 100, "local_steps": 50, "patch": 96, "width": 32, "depth": 5, "lr": 1e-3}
 
 
@@ -150,13 +152,17 @@ def train_arm(
         if arm.gin:
             augment = GIN(config.gin_probability, generator=generator(seed, round_, name, "gin"))
         draws = generator(seed, round_, name, "patches")
-        batches = data.patches(cases, config.patch, config.batch_size, steps, draws)
+
+        def batches():
+            for images, labels, labelled in data.patches(
+                cases, config.patch, config.batch_size, steps, draws
+            ):
+                stop_if_asked()
+                yield augment(images.to(device)), (labels.to(device), labelled.to(device))
+
         loss = train_locally(
             model,
-            (
-                (augment(images.to(device)), (labels.to(device), labelled.to(device)))
-                for images, labels, labelled in batches
-            ),
+            batches(),
             losses[name],
             lr=config.lr * (1 - (round_ - 1) / config.rounds) ** 0.9,
             autocast=evaluate.mixed_precision(device),
@@ -220,6 +226,7 @@ def validate(config: Config, model: nn.Module, hospitals, modality: str, device)
     """
     by_organ: dict[str, list[float]] = {organ: [] for organ in config.organs}
     for case in (c for h in hospitals if h.modality == modality for c in h.val or h.train):
+        stop_if_asked()
         truth = case.labels
         pred = evaluate.segment(model, case.image, config.patch, truth.shape, device)
         for n, organ in enumerate(config.organs, start=1):
@@ -233,6 +240,7 @@ def test(config: Config, model: nn.Module, hospitals: Sequence[Hospital], device
     results = []
     for hospital in hospitals:
         for case in hospital.test:
+            stop_if_asked()
             truth, spacing = case.labels, (phantom.SPACING,) * 3
             if case.case:
                 scan, truth = data.read_usable(case.case, config.organs)
@@ -357,7 +365,7 @@ def run(config: Config) -> None:
     for _, label, clients in plan[: len(plan) // len(config.seeds)]:
         shares = (f"{name} {len(client.cases)}" for name, client in clients.items())
         print(f"{label + ':':20} training cases: {', '.join(shares)}")
-    with locked(out):
+    with locked(out), stopping_between_batches():
         done, state = open_run(config, hospitals)
         for seed, label, clients in plan:
             if [seed, label] in done["finished"]:
@@ -436,6 +444,32 @@ def open_run(config: Config, hospitals: dict[int, list[Hospital]]) -> tuple[dict
     if (out / "checkpoint.pt").exists():
         state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
     return done, state
+
+
+@contextlib.contextmanager
+def stopping_between_batches():
+    """Let Ctrl-C and SIGTERM wait for the end of the batch; a second one does not wait.
+
+    An exception from a signal handler can get lost, in an import inside PyTorch for one.
+    """
+
+    def note(number, frame):
+        if STOP.is_set():
+            raise KeyboardInterrupt
+        STOP.set()
+
+    STOP.clear()
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def stop_if_asked() -> None:
+    if STOP.is_set():
+        raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
