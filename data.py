@@ -12,7 +12,6 @@ modality. Arrays have the axes of canonical NIfTI files: right, anterior, superi
 """
 
 import argparse
-import collections
 import csv
 import hashlib
 import json
@@ -414,8 +413,7 @@ def _value_troubles(case: Case, scan: Scan) -> list[Trouble]:
 def _label_troubles(case: Case, path: Path, mask: np.ndarray) -> list[Trouble]:
     """Values of a mask that its data set does not list."""
     known = case.values or (0, 1)
-    there = np.unique(np.rint(mask) if case.values else np.rint(mask * 1.0))
-    odd = [int(value) for value in there if value not in known]
+    odd = [int(value) for value in np.unique(np.rint(mask)) if value not in known]
     if not odd:
         return []
     listed = ", ".join(map(str, odd[:5])) + (" …" if len(odd) > 5 else "")
@@ -551,15 +549,14 @@ def _in_parallel(function, jobs: Sequence, what: str) -> Iterator:
 
 
 def _duplicates(cases: Sequence[Case]) -> list[Trouble]:
-    count = collections.Counter((case.folder, case.id) for case in cases)
-    first: set = set()
+    seen: set[tuple[str, str]] = set()
     troubles = []
     for case in cases:
         key = (case.folder, case.id)
-        if count[key] > 1 and key in first:
+        if key in seen:
             what = f"the id {case.id} stands in this folder twice"
             troubles.append(Trouble(case.image, what, "only the first one can be used", False))
-        first.add(key)
+        seen.add(key)
     return troubles
 
 

@@ -145,7 +145,7 @@ def test_several_processes_read_the_same(tmp_path):
 # -------------------------------------------------------------------------------------- bad cases
 
 
-def edit(path, array=None, affine=None, header=None):
+def edit(path, array=None, affine=None):
     nifti = nibabel.load(path)
     array = np.asarray(nifti.dataobj) if array is None else array
     nibabel.save(nibabel.Nifti1Image(array, nifti.affine if affine is None else affine), path)
