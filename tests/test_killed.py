@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import TINY, assert_same, outcome
+from tiny import TINY, assert_same, outcome
 
 ROOT = Path(__file__).parent.parent
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import truncate, write_totalsegmentator
-from runs import assert_same, command, outcome
+from tiny import assert_same, command, outcome
 
 import data
 import fedgin
