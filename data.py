@@ -23,7 +23,7 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -659,6 +659,23 @@ def patches(
                 raise DataError(f"case {volume.id}: {error}") from error
         images, labels, labelled = map(torch.stack, zip(*batch, strict=True))
         yield images[:, None], labels.long(), labelled
+
+
+def ahead(batches: Iterator[tuple[Tensor, ...]], pin: bool) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the same batches, each drawn by a thread while the one before it is in use.
+
+    pin puts them into page-locked memory, from where a GPU fetches them without being waited for.
+    """
+
+    def draw() -> tuple[Tensor, ...] | None:
+        batch = next(batches, None)
+        return tuple(part.pin_memory() for part in batch) if pin and batch else batch
+
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(draw)
+        while batch := coming.result():
+            coming = thread.submit(draw)
+            yield batch
 
 
 def _draw_patch(volume: Volume, patch: int, draw: Callable[[int], int]) -> tuple[Tensor, Tensor]:

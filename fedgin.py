@@ -88,6 +88,7 @@ class Config:
     ct: tuple = flag((), "folders of CT scans, each a hospital", metavar="DIR")
     mri: tuple = flag((), "folders of MRI scans, each a hospital", metavar="DIR")
     test: tuple = flag((), "folders to test on, never trained on", metavar="DIR")
+    sites: int = flag(1, "hospitals into which each folder to train on, or the phantoms, is split")
     organs: tuple = flag(data.ORGANS, "what to segment", choices=data.ORGANS, metavar="ORGAN")
     partial_labels: bool = flag(False, "let a hospital lack some organs, and train on those it has")
     layout: str = flag("", "of the folders, where one looks like two", choices=data.LAYOUTS)
@@ -154,11 +155,11 @@ def train_arm(
         draws = generator(seed, round_, name, "patches")
 
         def batches():
-            for images, labels, labelled in data.patches(
-                cases, config.patch, config.batch_size, steps, draws
-            ):
+            drawn = data.patches(cases, config.patch, config.batch_size, steps, draws)
+            for batch in data.ahead(drawn, pin=device.type == "cuda"):
                 stop_if_asked()
-                yield augment(images.to(device)), (labels.to(device), labelled.to(device))
+                images, labels, labelled = (part.to(device, non_blocking=True) for part in batch)
+                yield augment(images), (labels, labelled)
 
         loss = train_locally(
             model,
@@ -268,9 +269,26 @@ def phantom_hospitals(config: Config, seed: int) -> list[Hospital]:
         image, labels = data.normalize(image, modality), new_label[labels]
         return data.make_volume(f"phantom{index:02d}", image, labels, everything)
 
-    return [
+    hospitals = [
         Hospital(m, m, *([case(m, index) for index in part] for part in PHANTOMS.values()))
         for m in ("mri", "ct")
+    ]
+    return [site for hospital in hospitals for site in into_sites(hospital, config.sites)]
+
+
+def into_sites(hospital: Hospital, n: int) -> list[Hospital]:
+    """Deal a hospital's cases out to n; raises DataError if one would have nothing to train on."""
+    if n == 1:
+        return [hospital]
+    if len(hospital.train) < n:
+        raise DataError(
+            f"--sites {n}: {hospital.name} has {len(hospital.train)} training cases, fewer than that"
+        )
+    return [
+        Hospital(
+            f"{hospital.name}-{i + 1}", hospital.modality, *(part[i::n] for part in hospital[2:])
+        )
+        for i in range(n)
     ]
 
 
@@ -313,7 +331,8 @@ def load_hospitals(config: Config) -> dict[int, list[Hospital]]:
             if not test_only:
                 parts = data.split_cases(usable, seed, test_elsewhere=bool(config.test))
             loaded = {part: [volumes[case.image] for case in parts[part]] for part in PHANTOMS}
-            hospitals[seed].append(Hospital(name, modality, **loaded))
+            hospital = Hospital(name, modality, **loaded)
+            hospitals[seed] += into_sites(hospital, 1 if test_only else config.sites)
     return hospitals
 
 

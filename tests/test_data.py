@@ -13,6 +13,7 @@ from scipy import ndimage
 from data import (
     ORGANS,
     DataError,
+    ahead,
     check_organs,
     find_cases,
     load_case,
@@ -311,3 +312,18 @@ def test_patches_depend_on_the_generator_alone():
         for seed in (1, 1, 2)
     ]
     assert runs[0] == runs[1] != runs[2]
+
+
+def test_drawing_ahead_changes_nothing_and_passes_errors_on():
+    volume = numbered_volume((20, 20, 20), [(3, 3, 3)])
+
+    def drawn(volumes):
+        return patches(volumes, 8, 2, 6, torch.Generator().manual_seed(1))
+
+    pairs = zip(drawn([volume]), ahead(drawn([volume]), pin=False), strict=True)
+    assert all(
+        torch.equal(a, b) for plain, early in pairs for a, b in zip(plain, early, strict=True)
+    )
+    poisoned = volume._replace(image=np.full_like(volume.image, np.nan))
+    with pytest.raises(DataError, match="case x: .* NaN"):
+        list(ahead(drawn([poisoned]), pin=False))

@@ -117,6 +117,21 @@ def test_cases_come_from_the_hospitals_in_turns():
     assert fedgin.choose_clients(settings, "centralized", [mri, small, ct])["pooled"].steps == 6
 
 
+def test_sites_deal_the_same_cases_out():
+    whole = fedgin.phantom_hospitals(config(), 1)
+    sites = fedgin.phantom_hospitals(config("--sites", 3), 1)
+    assert [site.name for site in sites] == ["mri-1", "mri-2", "mri-3", "ct-1", "ct-2", "ct-3"]
+    for hospital in whole:
+        for part in ("train", "val", "test"):
+            dealt = [
+                c.id for s in sites if s.modality == hospital.modality for c in getattr(s, part)
+            ]
+            assert sorted(dealt) == [case.id for case in getattr(hospital, part)]
+    assert {len(site.train) for site in sites} == {4}
+    with pytest.raises(fedgin.DataError, match="--sites 13: mri has 12 training cases"):
+        fedgin.phantom_hospitals(config("--sites", 13), 1)
+
+
 def test_an_arm_without_cases_is_refused():
     settings = config()
     only_mri = fedgin.phantom_hospitals(settings, 1)[:1]
