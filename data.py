@@ -227,9 +227,11 @@ LAYOUTS = {
 }
 
 
-def check_organs(folders: dict[str, list[Case]], organs: Sequence[str], partial: bool) -> None:
-    """Raise DataError unless every folder labels all organs (partial: one folder each of them)."""
-    labelled = {name: set().union(*(c.masks for c in cases)) for name, cases in folders.items()}
+def check_organs(labelled: dict[str, set[str]], organs: Sequence[str], partial: bool) -> None:
+    """Raise DataError unless every folder labels all organs (partial: one folder each of them).
+
+    labelled: folder → the organs of which it has masks.
+    """
     union = set().union(*labelled.values())
     common = union.intersection(*labelled.values())
     if set(organs) <= (union if partial else common):

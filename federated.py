@@ -1,7 +1,7 @@
 """Federated averaging: hospitals train one model together, and only its weights travel.
 
-FedAvg (McMahan et al., AISTATS 2017, arXiv 1602.05629, algorithm 1) in one process: every round
-each of K hospitals starts from the global weights w, trains locally and returns its w_k, and
+FedAvg (McMahan et al., AISTATS 2017, arXiv 1602.05629, algorithm 1): every round each of K
+hospitals starts from the global weights w, trains locally and returns its w_k, and
 
     w ← Σ_k (n_k / Σ_j n_j) · w_k,   n_k the number of training cases at hospital k.
 
@@ -12,19 +12,30 @@ Any model and any data will do; this file needs torch alone:
     work = lambda name, round_: train_locally(model, batches(name, round_), loss, lr=1e-3)
     for round_, losses in federated_rounds(model, n_cases, work, rounds=10):
         print(round_, losses)  # and `model` holds the global weights
+
+The hospitals share this process, or lie on machines of their own: then `Ranks` adds up what the
+processes that torchrun started have each summed over their own hospitals.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 State = Mapping[str, Tensor]
 
 
-def weighted_average(pairs: Iterable[tuple[State, float]]) -> dict[str, Tensor]:
+def weighted_average(
+    pairs: Iterable[tuple[State, float]],
+    like: State | None = None,
+    add_up: Callable[[Tensor], Tensor] | None = None,
+) -> dict[str, Tensor]:
     """Average state dicts by their n_k: Σ_k (n_k / Σ_j n_j) · w_k, FedAvg's server step.
 
     `pairs` yields (state dict, n_k) and is read once; only a running sum is kept, so it may train
@@ -32,24 +43,25 @@ def weighted_average(pairs: Iterable[tuple[State, float]]) -> dict[str, Tensor]:
     (complex128 for complex tensors); results have the clients' dtypes and devices and share no
     memory with them. Integer and boolean entries are averaged like all others and then rounded.
 
+    Over several processes each passes its own pairs, maybe none, and `add_up`, which adds a vector
+    up over all of them; each gets the average of all pairs. `like` is any state dict of the model.
+
     Raises ValueError for no pairs, n_k that are not positive and finite, keys or shapes that differ
     from the first state's, and weights that are NaN or infinite; it counts the states from 0.
     """
-    total, sums, dtypes = 0.0, {}, {}
+    total, sums, dtypes = 0.0, *_zeros(like or {})
     for index, (state, n_k) in enumerate(pairs):
         if not (n_k > 0 and math.isfinite(n_k)):
             raise ValueError(f"state {index}: n_k must be positive and finite, not {n_k}")
-        if index == 0:
-            sums = {
-                key: torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float64))
-                for key, w in state.items()
-            }
-            dtypes = {key: w.dtype for key, w in state.items()}
+        if not sums:
+            sums, dtypes = _zeros(state)
         _check_state(state, sums, index)
         total += n_k
         for key, w in state.items():
             sums[key].add_(w.detach().to(sums[key]), alpha=n_k)  # on the first state's device
-    if not sums:
+    if add_up:
+        total = _add_up(total, sums, add_up)
+    if not (sums and total):
         raise ValueError("nothing to average: there are no states, or they are empty")
     return {key: _cast(s.div_(total), dtypes[key]) for key, s in sums.items()}
 
@@ -60,20 +72,24 @@ def federated_rounds(
     train: Callable[[str, int], float],
     rounds: int,
     start: int = 0,
+    average: Callable[[Iterable[tuple[State, float]]], State] = weighted_average,
 ) -> Iterator[tuple[int, dict[str, float]]]:
     """Run FedAvg on `model`, yielding (round, loss by hospital) while it holds the new weights.
 
     n_cases: hospital → n_k, in the order of training; rounds count from 1. train(hospital, round)
     trains `model` in place on that hospital's cases and returns its mean loss. A hospital keeps
     nothing from round to round, so a model that went through `start` rounds before goes on as if
-    it had never stopped. Raises RuntimeError, with round and hospital, when a loss or a weight is
-    not finite and when train fails.
+    it had never stopped. Over several processes each runs this with its own hospitals and an
+    `average` over all. Raises RuntimeError, with round and hospital, when a loss or a weight is not
+    finite and when train fails.
     """
     for round_ in range(start + 1, rounds + 1):
         losses: dict[str, float] = {}
         try:
             updates = _updates(model, n_cases, train, round_, losses)
-            model.load_state_dict(weighted_average(updates))  # w ← Σ_k (n_k / Σ_j n_j) · w_k
+            model.load_state_dict(average(updates))  # w ← Σ_k (n_k / Σ_j n_j) · w_k
+        except RankError:
+            raise
         except (ValueError, RuntimeError, OSError, MemoryError) as error:
             hospital = next(reversed(losses), "none")
             raise RuntimeError(f"round {round_}, hospital {hospital}: {error}") from error
@@ -126,6 +142,24 @@ def train_locally(
     return torch.stack(losses).mean().item()
 
 
+def _zeros(state: State) -> tuple[dict[str, Tensor], dict[str, torch.dtype]]:
+    """Sums of float64 for the tensors of a state dict, and the dtypes that those have."""
+    sums = {
+        key: torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float64))
+        for key, w in state.items()
+    }
+    return sums, {key: w.dtype for key, w in state.items()}
+
+
+def _add_up(total: float, sums: dict[str, Tensor], add_up: Callable[[Tensor], Tensor]) -> float:
+    """Add Σ n_k and Σ n_k · w_k up over all processes, as one vector; return the first."""
+    flat = [torch.tensor([total], dtype=torch.float64), *(s.flatten().cpu() for s in sums.values())]
+    parts = add_up(torch.cat(flat)).split([len(part) for part in flat])
+    for s, part in zip(sums.values(), parts[1:], strict=True):
+        s.copy_(part.view_as(s))
+    return parts[0].item()
+
+
 def _check_state(state: State, sums: State, index: int) -> None:
     """Raise ValueError unless `state` can be added to `sums`."""
     if state.keys() != sums.keys():
@@ -141,3 +175,102 @@ def _check_state(state: State, sums: State, index: int) -> None:
 
 def _cast(mean: Tensor, dtype: torch.dtype) -> Tensor:
     return mean.to(dtype) if dtype.is_floating_point or dtype.is_complex else mean.round().to(dtype)
+
+
+# ------------------------------------------------------------------------------- several processes
+
+STOPPED = "was stopped"
+LETTER = 1000  # bytes
+
+
+class RankError(RuntimeError):
+    """Another rank is in trouble, or gone."""
+
+
+class Ranks:
+    """The processes that work on a run: those that torchrun started, or this one alone.
+
+    Rank r of W works for the hospitals r, r + W, … of `hospitals`, which are names. Only sums of
+    numbers pass between ranks, by PyTorch's gloo and through the CPU, so that ranks may share a GPU
+    or have none. A rank that fails inside `with Ranks(…) as ranks:` tells the others why, and one
+    that keeps the others waiting for `timeout` seconds ends the run.
+    """
+
+    def __init__(self, hospitals: Sequence[str], timeout: float) -> None:
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.hospitals, self.timeout = hospitals, timeout
+        if self.size > 1:
+            distributed.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+
+    def ours(self, rank: int | None = None) -> Sequence[str]:
+        """The hospitals that this rank, or another one, works for."""
+        return self.hospitals[self.rank if rank is None else rank :: self.size]
+
+    def add_up(self, numbers: Tensor) -> Tensor:
+        """Add a CPU tensor up over all ranks, in place; RankError if another rank fails."""
+        if self.size > 1:
+            self._meet()
+            try:
+                distributed.all_reduce(numbers)
+            except RuntimeError as error:
+                raise RankError(f"the link to the other ranks broke: {error}") from error
+        return numbers
+
+    def average(self, pairs: Iterable[tuple[State, float]], like: State) -> State:
+        """weighted_average over the pairs of all ranks; like: any state dict of the model."""
+        return weighted_average(pairs, like, self.add_up if self.size > 1 else None)
+
+    def first(self, state: State) -> State:
+        """Rank 0's state dict, at every rank; state: that of this rank's model."""
+        return self.average([(state, 1)] if self.rank == 0 else [], like=state)
+
+    def __enter__(self) -> "Ranks":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if self.size > 1:
+            if error is not None and not isinstance(error, RankError):
+                self._meet(str(error) or STOPPED)
+            distributed.destroy_process_group()
+
+    def _meet(self, trouble: str = "") -> None:
+        """Wait for all ranks and hear how they are; RankError if another one is in trouble.
+
+        Every sum begins with it, so that a rank in trouble finds the others listening. Rank 0 asks
+        them one by one and tells all what it heard. It waits half as long as they wait for it, so
+        that it can still tell them who is silent.
+        """
+        news = trouble and self._name(self.rank) + trouble
+        if self.rank > 0:
+            self._send(0, news)
+            verdict = self._receive(0, self.timeout)
+        else:
+            others = range(1, self.size)
+            heard = [news, *(self._receive(rank, self.timeout / 2) for rank in others)]
+            verdict = min(filter(None, heard), key=lambda text: text.endswith(STOPPED), default="")
+            for rank in others:
+                self._send(rank, verdict)
+        own = trouble and (trouble != STOPPED or verdict.endswith(STOPPED))
+        if verdict and not own:
+            raise RankError(verdict)
+
+    def _name(self, rank: int) -> str:
+        return f"rank {rank} ({', '.join(self.ours(rank))}): "
+
+    def _send(self, rank: int, text: str) -> None:
+        letter = torch.zeros(LETTER, dtype=torch.uint8)
+        content = text.encode()[:LETTER]
+        letter[: len(content)] = torch.tensor(list(content), dtype=torch.uint8)
+        with contextlib.suppress(RuntimeError):  # whoever is gone is missed when it has to answer
+            distributed.isend(letter, rank).wait(timedelta(seconds=self.timeout))
+
+    def _receive(self, rank: int, seconds: float) -> str:
+        """The trouble that another rank writes of, if any, or that it does not write."""
+        letter, began = torch.zeros(LETTER, dtype=torch.uint8), time.monotonic()
+        try:
+            distributed.irecv(letter, rank).wait(timedelta(seconds=seconds))
+        except RuntimeError:
+            if time.monotonic() - began < 0.9 * seconds:
+                return self._name(rank) + "is gone: it died or was killed"
+            return f"{self._name(rank)}no answer for {seconds:g} s: it hangs, or the network is cut"
+        return bytes(letter.tolist()).rstrip(b"\0").decode(errors="replace")

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import csv
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -34,7 +35,7 @@ import data
 import evaluate
 import phantom
 from data import Case, DataError, Volume
-from federated import federated_rounds, train_locally
+from federated import RankError, Ranks, federated_rounds, train_locally
 from gin import GIN
 from unet3d import UNet3D
 
@@ -61,6 +62,8 @@ SCENARIOS = {  # the arms that run without --arms
 RATIOS = {"1:1": 1, "1:2": 2, "1:5": 5, "all": math.inf}  # CT training cases for each MRI one
 PHANTOMS = {"train": range(12), "val": range(12, 16), "test": range(16, 24)}  # of each modality
 FORMAT = 1  # of checkpoints and config.json
+OWN_TO_A_START = ("out", "cache", "no_cache", "resume", "timeout", "versions")  # may change
+OUTCOMES, METRICS = ("scored", "missed", "absent", "unlabelled"), ("dice", "hd95", "nsd")
 STOP = threading.Event()  # set by Ctrl-C and SIGTERM, seen between batches
 SCANS = {"rounds": 100, "local_steps": 50, "patch": 96, "width": 32, "depth": 5, "lr": 1e-3}
 
@@ -105,6 +108,7 @@ class Config:
     lr: float = flag(4e-3, "first learning rate; round t of T has (1 − (t − 1) / T)^0.9 of it")
     gin_probability: float = flag(1.0, "share of images that GIN redraws, in arms that use it")
     nsd_tolerance: float = flag(2.0, "mm within which a surface voxel counts as right")
+    timeout: float = flag(600.0, "seconds that ranks wait for one another, under torchrun")
     out: str = flag("", "folder for the results (default: runs/SCENARIO)", metavar="DIR")
     resume: bool = flag(False, "go on with the run in --out where it stopped, if there is one")
 
@@ -115,6 +119,7 @@ class Hospital(NamedTuple):
     train: Sequence[Volume]
     val: Sequence[Volume]
     test: Sequence[Volume]
+    here: bool = True  # False: another rank's, of which only the number of training cases is known
 
 
 class Client(NamedTuple):
@@ -122,6 +127,7 @@ class Client(NamedTuple):
 
     cases: Sequence[Volume]
     steps: int  # batches a round
+    here: bool = True
 
 
 # -------------------------------------------------------------------------------- training an arm
@@ -142,13 +148,15 @@ def train_arm(
     seed: int,
     model: nn.Module,
     start: int,
+    ranks: Ranks,
 ) -> Iterator[tuple[int, float]]:
     """Train a model in place by FedAvg, yielding (round, mean loss) after each round."""
     device = next(model.parameters()).device
-    losses = {name: segmentation_loss(c.cases, config, device) for name, c in clients.items()}
+    ours = {name: client for name, client in clients.items() if client.here}
+    losses = {name: segmentation_loss(c.cases, config, device) for name, c in ours.items()}
 
     def train(name: str, round_: int) -> float:
-        cases, steps = clients[name]
+        cases, steps, _ = ours[name]
         augment: nn.Module = nn.Identity()
         if arm.gin:
             augment = GIN(config.gin_probability, generator=generator(seed, round_, name, "gin"))
@@ -173,9 +181,11 @@ def train_arm(
             raise ValueError(f"the loss has exploded to {loss:.3g}; a lower --lr may help")
         return loss
 
-    n_k = {name: len(client.cases) for name, client in clients.items()}
-    for round_, loss in federated_rounds(model, n_k, train, config.rounds, start):
-        yield round_, sum(loss.values()) / len(loss)
+    n_k = {name: len(client.cases) for name, client in ours.items()}
+    average = functools.partial(ranks.average, like=model.state_dict())
+    for round_, loss in federated_rounds(model, n_k, train, config.rounds, start, average):
+        total = torch.tensor(sum(loss.values()), dtype=torch.float64)
+        yield round_, ranks.add_up(total).item() / len(clients)
 
 
 def generator(*key) -> torch.Generator:
@@ -220,20 +230,27 @@ def segmentation_loss(cases: Sequence[Volume], config: Config, device: torch.dev
 # ---------------------------------------------------------------------------- validation and tests
 
 
-def validate(config: Config, model: nn.Module, hospitals, modality: str, device) -> float:
-    """Mean Dice of a modality's validation cases, on the model's grid.
+def validate(config: Config, model: nn.Module, hospitals, modalities, device, ranks) -> dict:
+    """{modality: mean Dice of all hospitals' validation cases}, on the model's grid.
 
     Training cases stand in at a hospital that has no validation case.
     """
-    by_organ: dict[str, list[float]] = {organ: [] for organ in config.organs}
-    for case in (c for h in hospitals if h.modality == modality for c in h.val or h.train):
-        stop_if_asked()
-        truth = case.labels
-        pred = evaluate.segment(model, case.image, config.patch, truth.shape, device)
-        for n, organ in enumerate(config.organs, start=1):
-            if case.labelled[n]:
-                by_organ[organ].append(evaluate.dice(pred == n, truth == n))
-    return evaluate.mean(evaluate.mean(values) for values in by_organ.values())
+    sums = torch.zeros(2, len(modalities), len(config.organs), dtype=torch.float64)
+    for hospital in hospitals:
+        if not hospital.here or hospital.modality not in modalities:
+            continue
+        for case in hospital.val or hospital.train:
+            stop_if_asked()
+            truth = case.labels
+            pred = evaluate.segment(model, case.image, config.patch, truth.shape, device)
+            for n in range(1, len(config.organs) + 1):
+                score = evaluate.dice(pred == n, truth == n) if case.labelled[n] else math.nan
+                if not math.isnan(score):
+                    row = modalities.index(hospital.modality), n - 1
+                    sums[(slice(None), *row)] += torch.tensor([score, 1], dtype=torch.float64)
+    total, cases = ranks.add_up(sums)
+    by_organ = (total / cases).tolist()  # NaN where no case has the organ
+    return {m: evaluate.mean(by_organ[row]) for row, m in enumerate(modalities)}
 
 
 def test(config: Config, model: nn.Module, hospitals: Sequence[Hospital], device) -> list[dict]:
@@ -242,14 +259,14 @@ def test(config: Config, model: nn.Module, hospitals: Sequence[Hospital], device
     for hospital in hospitals:
         for case in hospital.test:
             stop_if_asked()
-            truth, spacing = case.labels, (phantom.SPACING,) * 3
+            truth, spacing, modality = case.labels, (phantom.SPACING,) * 3, hospital.modality
             if case.case:
                 scan, truth = data.read_usable(case.case, config.organs)
-                spacing = scan.spacing
+                spacing, modality = scan.spacing, case.case.modality
             pred = evaluate.segment(model, case.image, config.patch, truth.shape, device)
             settings = {"tolerance": config.nsd_tolerance, "labelled": case.labelled}
             scores = evaluate.score_case(pred, truth, config.organs, spacing, **settings)
-            where = {"hospital": hospital.name, "modality": hospital.modality, "case": case.id}
+            where = {"hospital": hospital.name, "modality": modality, "case": case.id}
             results.append({**where, "scores": scores})
     return results
 
@@ -257,66 +274,83 @@ def test(config: Config, model: nn.Module, hospitals: Sequence[Hospital], device
 # ---------------------------------------------------------------------------- hospitals and clients
 
 
-def phantom_hospitals(config: Config, seed: int) -> list[Hospital]:
-    """An MRI and a CT hospital that hold phantoms of this seed."""
+class Place(NamedTuple):
+    """What --ct, --mri or --test names: a folder, or on phantoms a modality."""
+
+    folder: str
+    modality: str  # "" for --test, where a folder may hold both
+    hospitals: list[str]  # their names: one, or as many as --sites says where it is trained on
+
+
+def places(config: Config) -> list[Place]:
+    """MRI first, --test last. Ranks divide the hospitals by this order."""
+    found = [(folder, m) for m in ("mri", "ct") for folder in getattr(config, m)]
+    found = [(m, m) for m in ("mri", "ct")] if on_phantoms(config) else found
+    found += [(folder, "") for folder in config.test]
+    names = [Path(folder).resolve().name for folder, _ in found]
+    names = [n if names.count(n) == 1 else f"{n}-{i}" for i, n in enumerate(names, start=1)]
+    sites = [f"-{i + 1}" for i in range(config.sites)] if config.sites > 1 else [""]
+    return [
+        Place(folder, modality, [name + site for site in (sites if modality else [""])])
+        for name, (folder, modality) in zip(names, found, strict=True)
+    ]
+
+
+def load_hospitals(config: Config, ranks: Ranks) -> dict[int, list[Hospital]]:
+    """All hospitals, by seed; of those that other ranks work for, only how many cases they have."""
+    load = phantom_hospitals if on_phantoms(config) else scan_hospitals
+    modality = {name: place.modality for place in places(config) for name in place.hospitals}
+    hospitals: dict[int, list[Hospital]] = {}
+    for seed, ours in load(config, ranks).items():
+        there = {hospital.name: hospital for hospital in ours}
+        counts = [len(there[name].train) if name in there else 0 for name in ranks.hospitals]
+        total = ranks.add_up(torch.tensor(counts)).tolist()
+        hospitals[seed] = [
+            there.get(name, Hospital(name, modality[name], range(n), (), (), here=False))
+            for name, n in zip(ranks.hospitals, total, strict=True)
+        ]
+    return hospitals
+
+
+def phantom_hospitals(config: Config, ranks: Ranks) -> dict[int, list[Hospital]]:
+    """Hospitals of this rank that hold phantoms, by seed."""
     everything = np.ones(len(config.organs) + 1, dtype=bool)
     new_label = np.zeros(len(phantom.ORGANS) + 1, dtype=np.uint8)
     for label, organ in enumerate(config.organs, start=1):
         new_label[phantom.ORGANS.index(organ) + 1] = label
 
-    def case(modality: str, index: int) -> Volume:
+    def case(seed: int, modality: str, index: int) -> Volume:
         image, labels = phantom.phantom(seed, modality, index)
         image, labels = data.normalize(image, modality), new_label[labels]
         return data.make_volume(f"phantom{index:02d}", image, labels, everything)
 
-    hospitals = [
-        Hospital(m, m, *([case(m, index) for index in part] for part in PHANTOMS.values()))
-        for m in ("mri", "ct")
-    ]
-    return [site for hospital in hospitals for site in into_sites(hospital, config.sites)]
+    return {
+        seed: [
+            hospital
+            for place in places(config)
+            for hospital in into_hospitals(
+                place,
+                {p: [case(seed, place.modality, i) for i in part] for p, part in PHANTOMS.items()},
+                ranks,
+            )
+        ]
+        for seed in config.seeds
+    }
 
 
-def into_sites(hospital: Hospital, n: int) -> list[Hospital]:
-    """Deal a hospital's cases out to n; raises DataError if one would have nothing to train on."""
-    if n == 1:
-        return [hospital]
-    if len(hospital.train) < n:
-        raise DataError(
-            f"--sites {n}: {hospital.name} has {len(hospital.train)} training cases, fewer than that"
-        )
-    return [
-        Hospital(
-            f"{hospital.name}-{i + 1}", hospital.modality, *(part[i::n] for part in hospital[2:])
-        )
-        for i in range(n)
-    ]
-
-
-def find_hospitals(config: Config) -> list[tuple[str, str, list[Case], bool]]:
-    """(name, modality, cases, test only) of each folder given; one of --test may hold both."""
+def scan_hospitals(config: Config, ranks: Ranks) -> dict[int, list[Hospital]]:
+    """Hospitals of this rank with their scans, by seed; every scan is read once."""
+    ours = [place for place in places(config) if set(place.hospitals) & set(ranks.ours())]
     layout = config.layout or None
-    roles = [(folder, m) for m in ("mri", "ct") for folder in getattr(config, m)]
-    found = [(folder, m, data.find_cases(folder, m, layout), False) for folder, m in roles]
-    for folder in config.test:
-        cases = data.find_cases(folder, layout=layout)
-        for m in sorted({case.modality for case in cases}):
-            found.append((folder, m, [case for case in cases if case.modality == m], True))
-    data.check_organs({f: cases for f, _, cases, _ in found}, config.organs, config.partial_labels)
-    scans = [case.image.resolve() for _, _, cases, _ in found for case in cases]
+    found = [
+        (place, data.find_cases(place.folder, place.modality or None, layout)) for place in ours
+    ]
+    check_labels(config, found, ranks)
+    cases = [case for _, group in found for case in group]
+    scans = [case.image.resolve() for case in cases]
     if len(set(scans)) < len(scans):
         twice = next(scan for scan in scans if scans.count(scan) > 1)
         raise DataError(f"{twice}: is in two of the folders given; a scan has one role only")
-    names = [Path(folder).resolve().name for folder, *_ in found]
-    names = [n if names.count(n) == 1 else f"{n}-{i}" for i, n in enumerate(names, start=1)]
-    return [(name, *rest) for name, (_, *rest) in zip(names, found, strict=True)]
-
-
-def load_hospitals(config: Config) -> dict[int, list[Hospital]]:
-    """The hospitals of each seed, with their cases split as it says; every scan is read once."""
-    if on_phantoms(config):
-        return {seed: phantom_hospitals(config, seed) for seed in config.seeds}
-    found = find_hospitals(config)
-    cases = [case for _, _, cases, _ in found for case in cases]
     cache = None if config.no_cache else Path(config.cache)
     volumes, left_out = data.load_cases(
         cases, config.organs, config.spacing, cache, config.skip_bad
@@ -325,15 +359,38 @@ def load_hospitals(config: Config) -> dict[int, list[Hospital]]:
         print(f"left out: {trouble}")
     hospitals: dict[int, list[Hospital]] = {seed: [] for seed in config.seeds}
     for seed in config.seeds:
-        for name, modality, all_cases, test_only in found:
-            usable = [case for case in all_cases if case.image in volumes]
+        for place, group in found:
+            usable = [case for case in group if case.image in volumes]
             parts = {"train": [], "val": [], "test": usable}
-            if not test_only:
+            if place.modality:
                 parts = data.split_cases(usable, seed, test_elsewhere=bool(config.test))
             loaded = {part: [volumes[case.image] for case in parts[part]] for part in PHANTOMS}
-            hospital = Hospital(name, modality, **loaded)
-            hospitals[seed] += into_sites(hospital, 1 if test_only else config.sites)
+            hospitals[seed] += into_hospitals(place, loaded, ranks)
     return hospitals
+
+
+def check_labels(config: Config, found: list[tuple[Place, list[Case]]], ranks: Ranks) -> None:
+    """data.check_organs of all folders, those of other ranks too."""
+    masks = {place.folder: set().union(*(case.masks for case in group)) for place, group in found}
+    folders = [place.folder for place in places(config)]
+    table = torch.tensor([[o in masks.get(f, ()) for o in data.ORGANS] for f in folders]).int()
+    rows = zip(folders, ranks.add_up(table).tolist(), strict=True)
+    labelled = {f: {o for o, n in zip(data.ORGANS, row, strict=True) if n} for f, row in rows}
+    data.check_organs(labelled, config.organs, config.partial_labels)
+
+
+def into_hospitals(place: Place, parts: dict[str, list[Volume]], ranks: Ranks) -> list[Hospital]:
+    """Deal the cases of a place out to its hospitals; keep those that this rank works for."""
+    sites = len(place.hospitals)
+    if sites > 1 and len(parts["train"]) < sites:
+        raise DataError(
+            f"--sites {sites}: {place.folder} has {len(parts['train'])} training cases, too few"
+        )
+    dealt = [
+        Hospital(name, place.modality, *(parts[part][i::sites] for part in PHANTOMS))
+        for i, name in enumerate(place.hospitals)
+    ]
+    return [hospital for hospital in dealt if hospital.name in ranks.ours()]
 
 
 def choose_clients(config: Config, label: str, hospitals: Sequence[Hospital]) -> dict[str, Client]:
@@ -348,6 +405,7 @@ def choose_clients(config: Config, label: str, hospitals: Sequence[Hospital]) ->
         n_mri = min(config.mri_cases, there or math.inf)
         wanted = {"mri": n_mri, "ct": n_mri * RATIOS[ratio or config.ratios[0]]}
     chosen: dict[str, list[Volume]] = {}
+    here = {hospital.name: hospital.here for hospital in hospitals}
     for modality in arm.modalities:
         holders = [h for h in hospitals if h.modality == modality and h.train]
         if not holders or not wanted[modality]:
@@ -359,53 +417,85 @@ def choose_clients(config: Config, label: str, hospitals: Sequence[Hospital]) ->
         turns = sorted((i, h) for h, holder in enumerate(holders) for i in range(len(holder.train)))
         for i, h in turns[: int(min(wanted[modality], len(turns)))]:
             chosen.setdefault(holders[h].name, []).append(holders[h].train[i])
+    if arm.pooled and not all(here[name] for name in chosen):
+        raise DataError(
+            f"arm {name} pools the scans of all hospitals in one place, and these lie with several "
+            "ranks; choose other --arms, or run it in one process"
+        )
     if arm.pooled:
         pool = [case for cases in chosen.values() for case in cases]
         return {"pooled": Client(pool, config.local_steps * len(chosen))}
-    return {name: Client(cases, config.local_steps) for name, cases in chosen.items()}
+    return {n: Client(cases, config.local_steps, here[n]) for n, cases in chosen.items()}
 
 
 # -------------------------------------------------------------------------------------- the command
 
 
 def run(config: Config) -> None:
-    """Train and test every arm with every seed, and write the results to config.out."""
+    """Train and test every arm with every seed, and write the results to config.out.
+
+    Under torchrun each rank does so for its own hospitals, and rank 0 alone prints and writes.
+    """
+    out, names = Path(config.out), [name for place in places(config) for name in place.hospitals]
+    if len(set(names)) < len(names):
+        raise DataError(f"two hospitals would have the same name ({', '.join(names)})")
+    with Ranks(names, config.timeout) as ranks:
+        check_alike(config, ranks)
+        if (out / "config.json").exists() and not config.resume:
+            raise DataError(
+                f"{out}: already holds a run; --resume continues it, --out makes another"
+            )
+        device = choose_device()
+        show = print if ranks.rank == 0 else lambda *_: None
+        show(describe(config, device, ranks))
+        hospitals = load_hospitals(config, ranks)
+        plan = [
+            (seed, label, choose_clients(config, label, hospitals[seed]))
+            for seed in config.seeds
+            for label in run_labels(config)
+        ]
+        for _, label, clients in plan[: len(plan) // len(config.seeds)]:
+            shares = (f"{name} {len(client.cases)}" for name, client in clients.items())
+            show(f"{label + ':':20} training cases: {', '.join(shares)}")
+        with locked(out, ranks), stopping_between_batches():
+            done = go_through(plan, config, hospitals, device, ranks)
+            if ranks.rank == 0:
+                report = write_report(config, done)
+                show(f"\n{report}\n\nEverything is in {out}{os.sep}")
+
+
+def go_through(plan, config: Config, hospitals, device, ranks: Ranks) -> dict:
+    """Train and test what the run in config.out has not yet; return what results.json holds."""
+    done, state = open_run(config, hospitals, ranks)
+    for seed, label, clients in plan:
+        if ranks.add_up(torch.tensor([seed, label] in done["finished"]).int()):
+            continue
+        try:
+            model = fit(config, label, clients, hospitals[seed], seed, device, state, ranks)
+            scores = everyones(test(config, model, hospitals[seed], device), config, ranks)
+            done["results"] += [{"seed": seed, "arm": label, **score} for score in scores]
+            done["finished"].append([seed, label])
+            if ranks.rank == 0:
+                write(Path(config.out) / "results.json", json.dumps(done, indent=1).encode())
+        except RankError:
+            raise
+        except (DataError, RuntimeError, OSError, MemoryError) as error:
+            raise RuntimeError(f"seed {seed}, arm {label}: {error}") from error
+    return done
+
+
+def write_report(config: Config, done: dict) -> str:
+    """Write the tables to results.md and remove what only an unfinished run needs."""
     out = Path(config.out)
-    if (out / "config.json").exists() and not config.resume:
-        raise DataError(f"{out}: already holds a run; --resume continues it, --out makes another")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(describe(config, device))
-    hospitals = load_hospitals(config)
-    plan = [
-        (seed, label, choose_clients(config, label, hospitals[seed]))
-        for seed in config.seeds
-        for label in run_labels(config)
-    ]
-    for _, label, clients in plan[: len(plan) // len(config.seeds)]:
-        shares = (f"{name} {len(client.cases)}" for name, client in clients.items())
-        print(f"{label + ':':20} training cases: {', '.join(shares)}")
-    with locked(out), stopping_between_batches():
-        done, state = open_run(config, hospitals)
-        for seed, label, clients in plan:
-            if [seed, label] in done["finished"]:
-                continue
-            try:
-                model = fit(config, label, clients, hospitals[seed], seed, device, state)
-                scores = test(config, model, hospitals[seed], device)
-                done["results"] += [{"seed": seed, "arm": label, **score} for score in scores]
-                done["finished"].append([seed, label])
-                write(out / "results.json", json.dumps(done, indent=1).encode())
-            except (DataError, RuntimeError, OSError, MemoryError) as error:
-                raise RuntimeError(f"seed {seed}, arm {label}: {error}") from error
-        summary = evaluate.summarize(done["results"], config.organs)
-        tables = evaluate.table(summary, config.organs)
-        report = "\n\n".join([title(config), tables, in_words(summary)])
-        write(out / "results.md", f"{report}\n".encode())
-        (out / "checkpoint.pt").unlink(missing_ok=True)
-    print(f"\n{report}\n\nEverything is in {out}{os.sep}")
+    summary = evaluate.summarize(done["results"], config.organs)
+    tables = evaluate.table(summary, config.organs)
+    report = "\n\n".join([title(config), tables, in_words(summary)])
+    write(out / "results.md", f"{report}\n".encode())
+    (out / "checkpoint.pt").unlink(missing_ok=True)
+    return report
 
 
-def fit(config, label: str, clients, hospitals, seed: int, device, state: dict) -> nn.Module:
+def fit(config, label: str, clients, hospitals, seed: int, device, state: dict, ranks) -> nn.Module:
     """Train an arm behind a progress bar; return the model of the best validation Dice, saved.
 
     state is what the last checkpoint held. It is brought up to date and saved after every round, so
@@ -417,10 +507,13 @@ def fit(config, label: str, clients, hospitals, seed: int, device, state: dict) 
         model.load_state_dict(state["weights"])
     else:
         state |= {"seed": seed, "arm": label, "round": 0, "best": {"val_dice": -math.inf}}
+    model.load_state_dict(ranks.first(model.state_dict()))
+    start = int(ranks.add_up(torch.tensor(state["round"] if ranks.rank == 0 else 0)))
     title = f"{label}, seed {seed}"
-    with tqdm(total=config.rounds, initial=state["round"], desc=title, unit="round") as bar:
-        for round_, loss in train_arm(config, arm, clients, seed, model, state["round"]):
-            dice = {m: validate(config, model, hospitals, m, device) for m in arm.modalities}
+    off = ranks.rank > 0
+    with tqdm(total=config.rounds, initial=start, desc=title, unit="round", disable=off) as bar:
+        for round_, loss in train_arm(config, arm, clients, seed, model, start, ranks):
+            dice = validate(config, model, hospitals, arm.modalities, device, ranks)
             mean = sum(dice.values()) / len(dice)
             mean = -1.0 if math.isnan(mean) else mean  # no organ in any validation case
             weights = {key: w.cpu().clone() for key, w in model.state_dict().items()}
@@ -428,41 +521,111 @@ def fit(config, label: str, clients, hospitals, seed: int, device, state: dict) 
                 state["best"] = {"val_dice": mean, "round": round_, "weights": weights}
             row = [seed, label, round_, loss, dice.get("mri", ""), dice.get("ct", "")]
             state |= {"round": round_, "weights": weights, "history": [*state["history"], row]}
-            save(out / "checkpoint.pt", state)
-            write_history(out / "history.csv", state["history"])
+            if ranks.rank == 0:
+                save(out / "checkpoint.pt", state)
+                write_history(out / "history.csv", state["history"])
             shown = {f"val_{m}": f"{d:.3f}" for m, d in dice.items()}
             bar.set_postfix(loss=f"{loss:.3f}", **shown, refresh=False)
             bar.update()
-    model.load_state_dict(state["best"]["weights"])
+    model.load_state_dict(ranks.first(state["best"].get("weights", model.state_dict())))
     name = label.replace(":", "-").replace(" ", "-") + f"-seed{seed}" * (len(config.seeds) > 1)
     about = {"format": FORMAT, "arm": label, "seed": seed, "model": model_needs(config)}
-    save(out / f"{name}.pt", {**state["best"], **about})
+    if ranks.rank == 0:
+        save(out / f"{name}.pt", {**state["best"], **about})
     return model
 
 
-def open_run(config: Config, hospitals: dict[int, list[Hospital]]) -> tuple[dict, dict]:
+def everyones(scores: list[dict], config: Config, ranks: Ranks) -> list[dict]:
+    """The test scores of all ranks. Only numbers pass between them, so cases lose their names."""
+    if ranks.size == 1:
+        return scores
+    counts = torch.zeros(ranks.size, dtype=torch.int64)
+    counts[ranks.rank] = len(scores)
+    first = int(ranks.add_up(counts)[: ranks.rank].sum())
+    table = torch.zeros(int(counts.sum()), 2 + 4 * len(config.organs), dtype=torch.float64)
+    for row, score in enumerate(scores, start=first):
+        numbers = [ranks.hospitals.index(score["hospital"]), score["modality"] == "ct"]
+        for s in score["scores"].values():
+            numbers += [OUTCOMES.index(s["outcome"]), *(s.get(m, math.nan) for m in METRICS)]
+        table[row] = torch.tensor(numbers)
+    shared = []
+    for n, (hospital, ct, *numbers) in enumerate(ranks.add_up(table).tolist()):
+        where = {"hospital": ranks.hospitals[int(hospital)], "modality": ("mri", "ct")[int(ct)]}
+        by_organ = zip(config.organs, zip(*[iter(numbers)] * 4, strict=True), strict=True)
+        scores = {
+            organ: {"outcome": OUTCOMES[int(outcome)]}
+            | {m: v for m, v in zip(METRICS, values, strict=True) if not math.isnan(v)}
+            for organ, (outcome, *values) in by_organ
+        }
+        shared.append({**where, "case": f"case {n}", "scores": scores})
+    return shared
+
+
+def choose_device() -> torch.device:
+    """The GPU of this process, of which torchrun may start several on a machine; else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+
+
+def check_alike(config: Config, ranks: Ranks) -> None:
+    """Raise DataError if another rank was started with other settings."""
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in OWN_TO_A_START}
+    digest = int.from_bytes(hashlib.sha256(repr(settings).encode()).digest()[:4], "little")
+    if ranks.add_up(torch.tensor(digest)).item() != digest * ranks.size:
+        raise DataError(
+            "ranks were started with different flags; only --out and --cache may differ"
+        )
+
+
+def open_run(config: Config, hospitals: dict[int, list[Hospital]], ranks: Ranks):
     """What the run in config.out has done, and its last checkpoint; both empty for a new run.
 
-    Raises DataError with the fields that differ if that run had other settings or other data.
+    Raises DataError with the fields that differ if that run had other settings or other data. Under
+    several ranks, rank 0 keeps the run, and each one what concerns its own hospitals.
     """
-    out = Path(config.out)
-    ours = json.loads(json.dumps(about_run(config, hospitals)))
-    if not (out / "config.json").exists():
-        write(out / "config.json", json.dumps(ours, indent=1).encode())
-    theirs = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    pairs = [(key, ours[key], theirs.get(key)) for key in ("format", "splits", "files")]
-    settings = theirs.get("config", {})
-    pairs += [(key, value, settings.get(key)) for key, value in ours["config"].items()]
-    places = ("out", "cache", "no_cache", "resume")
-    differ = [key for key, a, b in pairs if a != b and key not in places]
-    if differ:
-        raise DataError(f"{out}: holds a run with other {', '.join(differ)}; choose another --out")
+    out, differ = Path(config.out), []
     done, state = {"finished": [], "results": []}, {"history": []}
-    if (out / "results.json").exists():
+    if ranks.rank == 0:
+        versions = {"python": platform.python_version(), "torch": torch.__version__}
+        about = {"format": FORMAT, **dataclasses.asdict(config), "versions": versions}
+        differ = disagreements(out / "config.json", about)
+    for name in ranks.ours():
+        about = about_hospital(name, hospitals, config)
+        differ += disagreements(out / "hospitals" / f"{name}.json", about)
+    if differ:
+        fields = ", ".join(dict.fromkeys(differ))
+        raise DataError(f"{out}: holds a run with other {fields}; choose another --out")
+    if ranks.rank == 0 and (out / "results.json").exists():
         done = json.loads((out / "results.json").read_text(encoding="utf-8"))
-    if (out / "checkpoint.pt").exists():
+    if ranks.rank == 0 and (out / "checkpoint.pt").exists():
         state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
     return done, state
+
+
+def disagreements(path: Path, ours: dict) -> list[str]:
+    """The keys of which a file from an earlier start holds something else; a new file has none."""
+    ours = json.loads(json.dumps(ours))
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, json.dumps(ours, indent=1).encode())
+    theirs = json.loads(path.read_text(encoding="utf-8"))
+    return [k for k, v in ours.items() if theirs.get(k) != v and k not in OWN_TO_A_START]
+
+
+def about_hospital(name: str, hospitals: dict[int, list[Hospital]], config: Config) -> dict:
+    """Which case went where, by seed, and what the files of each case were."""
+    [first, *_] = by_seed = [h for group in hospitals.values() for h in group if h.name == name]
+    splits = {
+        seed: {part: [case.id for case in getattr(hospital, part)] for part in PHANTOMS}
+        for seed, hospital in zip(hospitals, by_seed, strict=True)
+    }
+    files = {
+        case.id: [list(stamp[1:]) for stamp in data.fingerprint(case.case, config.organs)]
+        for case in (*first.train, *first.val, *first.test)
+        if case.case
+    }
+    return {"splits": splits, "files": files}
 
 
 @contextlib.contextmanager
@@ -492,9 +655,12 @@ def stop_if_asked() -> None:
 
 
 @contextlib.contextmanager
-def locked(out: Path):
-    """Make a folder and keep every other process out of it; the system frees it if we die."""
+def locked(out: Path, ranks: Ranks):
+    """Make a folder and keep every other run out of it; the system frees it if we die."""
     out.mkdir(parents=True, exist_ok=True)
+    if ranks.rank > 0:
+        yield
+        return
     with open(out / "lock", "a", encoding="utf-8") as file:
         try:
             if os.name == "nt":
@@ -567,7 +733,7 @@ def in_words(summary: dict) -> str:
     return "\n".join(lines)
 
 
-def describe(config: Config, device: torch.device) -> str:
+def describe(config: Config, device: torch.device, ranks: Ranks) -> str:
     """What this run is, for the reader's eyes: its data first, then every setting."""
     first = "FedGIN on scans"
     if on_phantoms(config):
@@ -580,25 +746,10 @@ def describe(config: Config, device: torch.device) -> str:
         for key, value in dataclasses.asdict(config).items()
         if value != ()
     ]
-    return "\n".join([first, *settings, f"  {'device':16} {device}, torch {torch.__version__}"])
-
-
-def about_run(config: Config, hospitals: dict[int, list[Hospital]]) -> dict:
-    """What config.json holds: settings, versions, which case went where, what its files were."""
-    splits = {
-        seed: {h.name: {part: [c.id for c in getattr(h, part)] for part in PHANTOMS} for h in group}
-        for seed, group in hospitals.items()
-    }
-    files = {
-        f"{h.name}/{c.id}": [list(stamp[1:]) for stamp in data.fingerprint(c.case, config.organs)]
-        for h in hospitals[config.seeds[0]]
-        for c in (*h.train, *h.val, *h.test)
-        if c.case
-    }
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    settings = dataclasses.asdict(config)
-    about = {"format": FORMAT, "config": settings, "versions": versions}
-    return about | {"splits": splits, "files": files}
+    settings.append(f"  {'device':16} {device}, torch {torch.__version__}")
+    if ranks.size > 1:
+        settings += [f"  {f'rank {r}':16} {', '.join(ranks.ours(r))}" for r in range(ranks.size)]
+    return "\n".join([first, *settings])
 
 
 def write_history(path: Path, rows: list[list]) -> None:
@@ -696,17 +847,18 @@ def check(config: Config) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; exit code 0, 1 for a run that failed, 2 for bad input, 130 for a stop."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does
+    me = f"fedgin.py (rank {os.environ['RANK']})" if "RANK" in os.environ else "fedgin.py"
     try:
         run(parse(argv))
     except DataError as error:
-        print(f"fedgin.py: {error}", file=sys.stderr)
+        print(f"{me}: {error}", file=sys.stderr)
         return 2
     except (RuntimeError, OSError, MemoryError) as error:
-        print(f"fedgin.py: the run failed: {error}", file=sys.stderr)
+        print(f"{me}: the run failed: {error}", file=sys.stderr)
         print("Finished rounds are kept; the same command with --resume goes on.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nfedgin.py: stopped; the same command with --resume goes on.", file=sys.stderr)
+        print(f"\n{me}: stopped; the same command with --resume goes on.", file=sys.stderr)
         return 130
     return 0
 

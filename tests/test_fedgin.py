@@ -11,6 +11,7 @@ from conftest import truncate, write_nnunet, write_totalsegmentator
 import data
 import evaluate
 import fedgin
+from federated import Ranks
 from phantom import SPACING, phantom
 
 TINY = ["--rounds", "2", "--local-steps", "2", "--batch-size", "2"]
@@ -24,6 +25,12 @@ def command(*words):
 
 def config(*words):
     return fedgin.parse([*TINY, *map(str, words)])
+
+
+def hospitals(seed, *words):
+    settings = config("--seeds", seed, *words)
+    names = [name for place in fedgin.places(settings) for name in place.hospitals]
+    return fedgin.load_hospitals(settings, Ranks(names, 1))[seed]
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +47,9 @@ def test_a_run_leaves_what_it_promises(phantom_run):
     assert not [name for name in names if name.endswith(".tmp")]
     assert {"config.json", "results.json", "results.md", "history.csv"} <= set(names)
     saved = json.loads((phantom_run / "config.json").read_text())
-    assert saved["config"]["seeds"] == [1, 2]
-    assert len(saved["splits"]["1"]["ct"]["train"]) == 12
+    assert saved["seeds"] == [1, 2]
+    ct = json.loads((phantom_run / "hospitals/ct.json").read_text())
+    assert len(ct["splits"]["1"]["train"]) == 12
     results = json.loads((phantom_run / "results.json").read_text())["results"]
     arms = {f"{arm} {ratio}" for arm in ARMS[1:] for ratio in ("1:1", "all")}
     assert {r["arm"] for r in results} == arms | {"mri-only"}
@@ -60,7 +68,7 @@ def test_a_run_leaves_what_it_promises(phantom_run):
 def test_a_checkpoint_gives_the_results_back(phantom_run):
     device = torch.device("cpu")
     model, needs = evaluate.load_model(phantom_run / "fedgin-1-1-seed2.pt", device)
-    case = fedgin.phantom_hospitals(config(), 2)[0].test[0]
+    case = hospitals(2)[0].test[0]
     labels = evaluate.segment(model, case.image, needs["patch"], case.labels.shape, device)
     [saved] = [
         r["scores"]
@@ -92,10 +100,10 @@ def test_gin_probability_0_is_fl(tmp_path):
 
 
 def test_arms_and_ratios():
-    hospitals = fedgin.phantom_hospitals(config(), 1)
+    mri_and_ct = hospitals(1)
 
     def shares(label, *words):
-        chosen = fedgin.choose_clients(config(*words), label, hospitals)
+        chosen = fedgin.choose_clients(config(*words), label, mri_and_ct)
         return {name: (len(client.cases), client.steps) for name, client in chosen.items()}
 
     assert shares("mri-only") == {"mri": (2, 2)}
@@ -110,7 +118,7 @@ def test_arms_and_ratios():
 
 def test_cases_come_from_the_hospitals_in_turns():
     settings = config("--mri-cases", 3, "--ratios", "1:1")
-    mri, ct = fedgin.phantom_hospitals(settings, 1)
+    mri, ct = hospitals(1)
     small = mri._replace(name="small", train=mri.train[5:6])
     chosen = fedgin.choose_clients(settings, "fl", [mri, small, ct])
     assert {name: len(c.cases) for name, c in chosen.items()} == {"mri": 2, "small": 1, "ct": 3}
@@ -118,8 +126,8 @@ def test_cases_come_from_the_hospitals_in_turns():
 
 
 def test_sites_deal_the_same_cases_out():
-    whole = fedgin.phantom_hospitals(config(), 1)
-    sites = fedgin.phantom_hospitals(config("--sites", 3), 1)
+    whole = hospitals(1)
+    sites = hospitals(1, "--sites", 3)
     assert [site.name for site in sites] == ["mri-1", "mri-2", "mri-3", "ct-1", "ct-2", "ct-3"]
     for hospital in whole:
         for part in ("train", "val", "test"):
@@ -128,21 +136,21 @@ def test_sites_deal_the_same_cases_out():
             ]
             assert sorted(dealt) == [case.id for case in getattr(hospital, part)]
     assert {len(site.train) for site in sites} == {4}
-    with pytest.raises(fedgin.DataError, match="--sites 13: mri has 12 training cases"):
-        fedgin.phantom_hospitals(config("--sites", 13), 1)
+    with pytest.raises(fedgin.DataError, match="--sites 13: mri has 12 training cases, too few"):
+        hospitals(1, "--sites", 13)
 
 
 def test_an_arm_without_cases_is_refused():
     settings = config()
-    only_mri = fedgin.phantom_hospitals(settings, 1)[:1]
+    only_mri = hospitals(1)[:1]
     with pytest.raises(fedgin.DataError, match="arm fl needs CT training cases .* --ct"):
         fedgin.choose_clients(settings, "fl", only_mri)
-    only_ct = fedgin.phantom_hospitals(settings, 1)[1:]
+    only_ct = hospitals(1)[1:]
     assert len(fedgin.choose_clients(settings, "ct-only", only_ct)["ct"].cases) == 10
 
 
 def test_organs_are_renumbered():
-    [mri, _] = fedgin.phantom_hospitals(config("--organs", "spleen", "liver"), 5)
+    [mri, _] = hospitals(5, "--organs", "spleen", "liver")
     labels = phantom(5, "mri", 0)[1]
     np.testing.assert_array_equal(mri.train[0].labels == 1, labels == 3)
     np.testing.assert_array_equal(mri.train[0].labels == 2, labels == 1)
@@ -220,8 +228,8 @@ def test_a_run_on_folders(tmp_path, ct_folder, mri_folder, capsys):
     assert {(r["hospital"], r["case"]) for r in results if r["modality"] == "ct"} == {
         ("ct_set", "s0003")
     }
-    splits = json.loads((tmp_path / "out/config.json").read_text())["splits"]["42"]
-    assert {part: set(ids) for part, ids in splits["ct_set"].items()} == {
+    splits = json.loads((tmp_path / "out/hospitals/ct_set.json").read_text())["splits"]["42"]
+    assert {part: set(ids) for part, ids in splits.items()} == {
         "train": {"s0000", "s0001"},
         "val": {"s0002"},
         "test": {"s0003"},
@@ -237,10 +245,11 @@ def test_a_test_folder_is_only_tested_on(tmp_path, ct_folder, mri_folder):
         ("held_out", "s0000"),
         ("held_out", "s0001"),
     }
-    splits = json.loads((tmp_path / "out/config.json").read_text())["splits"]["42"]
-    assert (
-        splits["held_out"]["train"] == splits["held_out"]["val"] == splits["ct_set"]["test"] == []
+    held_out, ct_set = (
+        json.loads((tmp_path / f"out/hospitals/{name}.json").read_text())["splits"]["42"]
+        for name in ("held_out", "ct_set")
     )
+    assert held_out["train"] == held_out["val"] == ct_set["test"] == []
 
 
 # --------------------------------------------------------------------------------------- bad input

@@ -1,5 +1,6 @@
 """The real command, killed and stopped at random moments: --resume ends as if nothing had been."""
 
+import json
 import os
 import random
 import signal
@@ -13,6 +14,23 @@ import pytest
 from tiny import TINY, assert_same, outcome
 
 ROOT = Path(__file__).parent.parent
+
+# Starts the command again and again, each time in a process of its own, forked from one that has
+# imported everything and made the phantoms. It prints each one's pid and then its exit code.
+STARTER = """
+import functools, json, os, sys
+import torch._dynamo, fedgin, phantom
+phantom.phantom = functools.cache(phantom.phantom)
+for modality, index in ((m, i) for m in ("mri", "ct") for i in range(24)):
+    phantom.phantom(42, modality, index)
+for line in sys.stdin:
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os._exit(fedgin.main(json.loads(line)))
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
 
 
 def start(out, *words):
@@ -47,11 +65,18 @@ def undisturbed(tmp_path_factory):
 
 def kill_and_resume(out, kills, longest, seed, died):
     draw = random.Random(seed)
-    for _ in range(kills):
-        process = start(out, "--resume")
-        time.sleep(draw.uniform(0, longest))
-        process.send_signal(signal.SIGKILL)
-        died.append(finish(process)[0] == -signal.SIGKILL)
+    words = [sys.executable, "-c", STARTER]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(words, cwd=ROOT, text=True, **pipes) as starter:
+        for _ in range(kills):
+            print(
+                json.dumps([*TINY, "--out", str(out), "--resume"]), file=starter.stdin, flush=True
+            )
+            pid = int(starter.stdout.readline())
+            time.sleep(draw.uniform(0, longest))
+            os.kill(pid, signal.SIGKILL)
+            died.append(int(starter.stdout.readline()) == -signal.SIGKILL)
+        starter.stdin.close()
     died.append(finish(start(out, "--resume"))[0])
 
 

@@ -308,7 +308,7 @@ def test_a_bad_case_stops_the_run_or_is_left_out(tmp_path, ct_folder, mri_folder
     assert not (tmp_path / "out").exists()
     assert run(*words, "--out", tmp_path / "out", "--skip-bad") == 0
     assert "left out: " in capsys.readouterr().out
-    splits = json.loads((tmp_path / "out/config.json").read_text())["splits"]["42"]["mri"]
+    splits = json.loads((tmp_path / "out/hospitals/mri.json").read_text())["splits"]["42"]
     assert sorted(id_ for part in splits.values() for id_ in part) == [
         "case_000",
         "case_002",

@@ -15,7 +15,7 @@ def command(*words):
 def outcome(out):
     """All that a finished run leaves and that must not depend on how it got there, by file name."""
     files = {}
-    for path in sorted(out.iterdir()):
+    for path in sorted(p for p in out.rglob("*") if p.is_file()):
         if path.suffix == ".pt":
             files[path.name] = torch.load(path, weights_only=True)
         elif path.name not in ("lock", "config.json"):

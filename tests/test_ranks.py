@@ -1,0 +1,173 @@
+"""Several processes, started by torchrun: the same weights as one, and a clean end when one fails."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import truncate
+
+import fedgin
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--rounds", "3", "--local-steps", "1", "--batch-size", "2", "--width", "2", "--depth", "2"]
+TINY += ["--arms", "fedgin", "--timeout", "20"]
+FOUR_HOSPITALS = ["--sites", "2", "--mri-cases", "4"]
+
+
+def torchrun(ranks, *words, launcher=(), cwd=None):
+    launcher = launcher or ["--standalone", "--nproc-per-node", str(ranks)]
+    words = [sys.executable, "-m", "torch.distributed.run", *launcher, ROOT / "fedgin.py", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([str(word) for word in words], env=environment, cwd=cwd, **pipes)
+
+
+def finish(process, seconds=90):
+    out, error = process.communicate(timeout=seconds)
+    return process.returncode, out, error
+
+
+def weights(out):
+    return torch.load(out / "fedgin.pt", weights_only=True)["weights"]
+
+
+def assert_close(ours, theirs):
+    """Within 1e-6 of each tensor's largest weight."""
+    for key, w in theirs.items():
+        assert (ours[key] - w).abs().max() <= 1e-6 * w.abs().max(), key
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    out = tmp_path_factory.mktemp("one") / "out"
+    assert fedgin.main([*TINY, *FOUR_HOSPITALS, "--out", str(out)]) == 0
+    return out
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_layout_of_hospitals_over_ranks_changes_nothing(ranks, one_process, tmp_path):
+    code, out, error = finish(torchrun(ranks, *TINY, *FOUR_HOSPITALS, "--out", tmp_path))
+    assert code == 0, error
+    assert "rank 1           mri-2" in out
+    assert out.count("Everything is in") == 1
+    assert_close(weights(tmp_path), weights(one_process))
+    assert (tmp_path / "results.md").read_text() == (one_process / "results.md").read_text()
+
+
+def children(pid):
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def rank_1(process):
+    """The pid of the worker that has RANK=1."""
+    return next(
+        pid
+        for pid in children(process.pid)
+        if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    )
+
+
+def wait_for(path, process):
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+def test_a_rank_that_is_killed_ends_the_run_and_one_process_goes_on(one_process, tmp_path):
+    process = torchrun(2, *TINY, *FOUR_HOSPITALS, "--out", tmp_path)
+    wait_for(tmp_path / "checkpoint.pt", process)  # round 2 has begun
+    began = time.monotonic()
+    os.kill(rank_1(process), signal.SIGKILL)
+    code, _, error = finish(process)
+    assert time.monotonic() - began < 15
+    assert code == 1
+    assert "rank 1 (mri-2, ct-2): is gone" in error
+    assert "--resume goes on" in error
+    words = [*TINY, *FOUR_HOSPITALS, "--out", str(tmp_path), "--resume"]
+    assert fedgin.main(words) == 0
+    assert_close(weights(tmp_path), weights(one_process))
+
+
+def test_a_rank_that_hangs_ends_the_run_within_the_timeout(tmp_path):
+    words = [*TINY, *FOUR_HOSPITALS, "--timeout", "4", "--rounds", "100", "--out", tmp_path]
+    process = torchrun(2, *words)
+    wait_for(tmp_path / "checkpoint.pt", process)
+    hanging = rank_1(process)
+    os.kill(hanging, signal.SIGSTOP)
+    began = time.monotonic()
+    for line in process.stderr:
+        if "rank 1 (mri-2, ct-2): no answer for 2 s" in line:
+            break
+    assert time.monotonic() - began < 4 + 2
+    os.kill(hanging, signal.SIGKILL)
+    assert finish(process)[0] == 1
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture
+def two_machines(tmp_path, ct_folder, mri_folder):
+    """Each with its own hospital's folder and no other; a function that starts fedgin.py on both."""
+    for machine, folder, name in ((0, mri_folder, "mri"), (1, ct_folder, "ct")):
+        (tmp_path / str(machine)).mkdir()
+        (tmp_path / str(machine) / name).symlink_to(folder)
+    port = free_port()
+
+    def start(*words):
+        return [
+            torchrun(
+                2,
+                *TINY,
+                *("--mri", "mri", "--ct", "ct", "--patch", "32", "--spacing", "12", *words),
+                launcher=[
+                    *("--nnodes", "2", "--node-rank", str(machine), "--nproc-per-node", "1"),
+                    *("--master-addr", "127.0.0.1", "--master-port", str(port)),
+                ],
+                cwd=tmp_path / str(machine),
+            )
+            for machine in (0, 1)
+        ]
+
+    return tmp_path, start
+
+
+def test_each_rank_opens_its_own_folder_only(two_machines, ct_folder, mri_folder):
+    root, start = two_machines
+    ends = [finish(process) for process in start("--out", "out")]
+    assert [code for code, *_ in ends] == [0, 0], ends
+    names = [sorted(p.name for p in (root / f"{i}/out").rglob("*.*")) for i in (0, 1)]
+    assert "fedgin.pt" in names[0]
+    assert names[1] == ["ct.json"]
+    results = (root / "0/out/results.json").read_text()
+    assert "s0003" not in results  # CT's test case keeps its name to itself
+    folders = ["--mri", str(mri_folder), "--ct", str(ct_folder), "--spacing", "12"]
+    assert fedgin.main([*TINY, *folders, "--patch", "32", "--out", str(root / "one")]) == 0
+
+
+def test_a_bad_case_ends_all_ranks_with_its_reason(two_machines):
+    root, start = two_machines
+    copy = (root / "1/ct").readlink()
+    (root / "1/ct").unlink()
+    subprocess.run(["cp", "-r", copy, root / "1/ct"], check=True)
+    truncate(root / "1/ct/s0001/ct.nii.gz")
+    for code, _, error in map(finish, start("--out", "out")):
+        assert code == 1
+        assert "rank 1 (ct): " in error or "(rank 1): " in error
+        assert "s0001/ct.nii.gz: cannot be read" in error
+    assert not (root / "0/out").exists()
+
+
+def test_pooling_is_refused_over_ranks(tmp_path):
+    code, _, error = finish(torchrun(2, *TINY, "--arms", "centralized", "--out", tmp_path / "out"))
+    assert code == 1
+    assert "arm centralized pools the scans of all hospitals" in error
