@@ -287,7 +287,7 @@ def places(config: Config) -> list[Place]:
     found = [(folder, m) for m in ("mri", "ct") for folder in getattr(config, m)]
     found = [(m, m) for m in ("mri", "ct")] if on_phantoms(config) else found
     found += [(folder, "") for folder in config.test]
-    names = [Path(folder).resolve().name for folder, _ in found]
+    names = [os.path.basename(os.path.abspath(folder)) for folder, _ in found]
     names = [n if names.count(n) == 1 else f"{n}-{i}" for i, n in enumerate(names, start=1)]
     sites = [f"-{i + 1}" for i in range(config.sites)] if config.sites > 1 else [""]
     return [

@@ -65,13 +65,11 @@ def undisturbed(tmp_path_factory):
 
 def kill_and_resume(out, kills, longest, seed, died):
     draw = random.Random(seed)
-    words = [sys.executable, "-c", STARTER]
+    words, command = [sys.executable, "-c", STARTER], [*TINY, "--out", str(out), "--resume"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(words, cwd=ROOT, text=True, **pipes) as starter:
         for _ in range(kills):
-            print(
-                json.dumps([*TINY, "--out", str(out), "--resume"]), file=starter.stdin, flush=True
-            )
+            print(json.dumps(command), file=starter.stdin, flush=True)
             pid = int(starter.stdout.readline())
             time.sleep(draw.uniform(0, longest))
             os.kill(pid, signal.SIGKILL)

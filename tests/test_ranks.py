@@ -141,7 +141,7 @@ def two_machines(tmp_path, ct_folder, mri_folder):
     return tmp_path, start
 
 
-def test_each_rank_opens_its_own_folder_only(two_machines, ct_folder, mri_folder):
+def test_each_rank_opens_its_own_folder_only(two_machines):
     root, start = two_machines
     ends = [finish(process) for process in start("--out", "out")]
     assert [code for code, *_ in ends] == [0, 0], ends
@@ -150,8 +150,10 @@ def test_each_rank_opens_its_own_folder_only(two_machines, ct_folder, mri_folder
     assert names[1] == ["ct.json"]
     results = (root / "0/out/results.json").read_text()
     assert "s0003" not in results  # CT's test case keeps its name to itself
-    folders = ["--mri", str(mri_folder), "--ct", str(ct_folder), "--spacing", "12"]
-    assert fedgin.main([*TINY, *folders, "--patch", "32", "--out", str(root / "one")]) == 0
+    folders = ["--mri", str(root / "0/mri"), "--ct", str(root / "1/ct")]
+    words = ["--patch", "32", "--spacing", "12", "--out", str(root / "one")]
+    assert fedgin.main([*TINY, *folders, *words]) == 0
+    assert_close(weights(root / "0/out"), weights(root / "one"))
 
 
 def test_a_bad_case_ends_all_ranks_with_its_reason(two_machines):
