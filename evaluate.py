@@ -115,11 +115,7 @@ def hd95(pred, label, spacing: Sequence[float]) -> float:
     surface-distance). spacing: mm along each axis. Both empty: NaN. One empty: the array's
     diagonal. Raises ValueError for other input.
     """
-    pred, label = _masks(pred, label)
-    if not (pred.any() and label.any()):
-        diagonal = math.dist([0] * pred.ndim, np.multiply(pred.shape, spacing))
-        return diagonal if pred.any() or label.any() else math.nan
-    return max(float(np.percentile(d, 95)) for d in _surface_distances(pred, label, spacing))
+    return hd95_and_nsd(pred, label, spacing, math.inf)[0]
 
 
 def nsd(pred, label, spacing: Sequence[float], tolerance: float) -> float:
@@ -129,11 +125,18 @@ def nsd(pred, label, spacing: Sequence[float], tolerance: float) -> float:
     once, as MONAI's SurfaceDiceMetric does. Both empty: NaN. One empty: 0. Raises ValueError for
     other input.
     """
+    return hd95_and_nsd(pred, label, spacing, tolerance)[1]
+
+
+def hd95_and_nsd(pred, label, spacing: Sequence[float], tolerance: float) -> tuple[float, float]:
+    """hd95 and nsd in half the time, as both need the same distances."""
     pred, label = _masks(pred, label)
     if not (pred.any() and label.any()):
-        return 0.0 if pred.any() or label.any() else math.nan
-    distances = np.concatenate(_surface_distances(pred, label, spacing))
-    return float((distances <= tolerance).mean())
+        diagonal = math.dist([0] * pred.ndim, np.multiply(pred.shape, spacing))
+        return (diagonal, 0.0) if pred.any() or label.any() else (math.nan, math.nan)
+    distances = _surface_distances(pred, label, spacing)
+    farthest = max(float(np.percentile(d, 95)) for d in distances)
+    return farthest, float((np.concatenate(distances) <= tolerance).mean())
 
 
 def _masks(pred, label) -> tuple[np.ndarray, np.ndarray]:
@@ -183,12 +186,10 @@ def score_case(
         elif not (ours.any() or theirs.any()):
             scores[organ] = {"outcome": "absent"}
         else:
-            scores[organ] = {
-                "outcome": "scored" if ours.any() else "missed",
-                "dice": dice(ours, theirs),
-                "hd95": hd95(ours, theirs, spacing),
-                "nsd": nsd(ours, theirs, spacing, tolerance),
-            }
+            outcome = "scored" if ours.any() else "missed"
+            distance, share = hd95_and_nsd(ours, theirs, spacing, tolerance)
+            found = {"dice": dice(ours, theirs), "hd95": distance, "nsd": share}
+            scores[organ] = {"outcome": outcome, **found}
     return scores
 
 

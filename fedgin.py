@@ -296,6 +296,11 @@ def places(config: Config) -> list[Place]:
     ]
 
 
+def our_places(config: Config, ranks: Ranks) -> list[Place]:
+    """Those with a hospital that this rank works for; no other folder is opened."""
+    return [place for place in places(config) if set(place.hospitals) & set(ranks.ours())]
+
+
 def load_hospitals(config: Config, ranks: Ranks) -> dict[int, list[Hospital]]:
     """All hospitals, by seed; of those that other ranks work for, only how many cases they have."""
     load = phantom_hospitals if on_phantoms(config) else scan_hospitals
@@ -327,7 +332,7 @@ def phantom_hospitals(config: Config, ranks: Ranks) -> dict[int, list[Hospital]]
     return {
         seed: [
             hospital
-            for place in places(config)
+            for place in our_places(config, ranks)
             for hospital in into_hospitals(
                 place,
                 {p: [case(seed, place.modality, i) for i in part] for p, part in PHANTOMS.items()},
@@ -340,10 +345,10 @@ def phantom_hospitals(config: Config, ranks: Ranks) -> dict[int, list[Hospital]]
 
 def scan_hospitals(config: Config, ranks: Ranks) -> dict[int, list[Hospital]]:
     """Hospitals of this rank with their scans, by seed; every scan is read once."""
-    ours = [place for place in places(config) if set(place.hospitals) & set(ranks.ours())]
     layout = config.layout or None
     found = [
-        (place, data.find_cases(place.folder, place.modality or None, layout)) for place in ours
+        (place, data.find_cases(place.folder, place.modality or None, layout))
+        for place in our_places(config, ranks)
     ]
     check_labels(config, found, ranks)
     cases = [case for _, group in found for case in group]

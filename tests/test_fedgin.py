@@ -149,6 +149,18 @@ def test_an_arm_without_cases_is_refused():
     assert len(fedgin.choose_clients(settings, "ct-only", only_ct)["ct"].cases) == 10
 
 
+def test_pooling_other_ranks_scans_is_refused():
+    mri, _ = hospitals(1)
+    elsewhere = fedgin.Hospital("ct", "ct", range(12), (), (), here=False)
+    chosen = fedgin.choose_clients(config(), "fl", [mri, elsewhere])
+    assert {name: (len(c.cases), c.here) for name, c in chosen.items()} == {
+        "mri": (2, True),
+        "ct": (10, False),
+    }
+    with pytest.raises(fedgin.DataError, match="arm centralized pools the scans"):
+        fedgin.choose_clients(config(), "centralized", [mri, elsewhere])
+
+
 def test_organs_are_renumbered():
     [mri, _] = hospitals(5, "--organs", "spleen", "liver")
     labels = phantom(5, "mri", 0)[1]
