@@ -240,10 +240,10 @@ class Ranks:
         them one by one and tells all what it heard. It waits half as long as they wait for it, so
         that it can still tell them who is silent.
         """
-        news = trouble and self._name(self.rank) + trouble
+        news, began = trouble and self._name(self.rank) + trouble, time.monotonic()
         if self.rank > 0:
             self._send(0, news)
-            verdict = self._receive(0, self.timeout)
+            verdict = self._receive(0, self.timeout, began)
         else:
             others = range(1, self.size)
             heard = [news, *(self._receive(rank, self.timeout / 2) for rank in others)]
@@ -264,9 +264,9 @@ class Ranks:
         with contextlib.suppress(RuntimeError):  # whoever is gone is missed when it has to answer
             distributed.isend(letter, rank).wait(timedelta(seconds=self.timeout))
 
-    def _receive(self, rank: int, seconds: float) -> str:
+    def _receive(self, rank: int, seconds: float, began: float | None = None) -> str:
         """The trouble that another rank writes of, if any, or that it does not write."""
-        letter, began = torch.zeros(LETTER, dtype=torch.uint8), time.monotonic()
+        letter, began = torch.zeros(LETTER, dtype=torch.uint8), began or time.monotonic()
         try:
             distributed.irecv(letter, rank).wait(timedelta(seconds=seconds))
         except RuntimeError:

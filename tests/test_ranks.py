@@ -1,6 +1,7 @@
 """Processes started by torchrun: the same weights as one has, and a clean end when one fails."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,9 +21,17 @@ TINY += ["--arms", "fedgin", "--timeout", "20"]
 FOUR_HOSPITALS = ["--sites", "2", "--mri-cases", "4"]
 
 
-def torchrun(ranks, *words, launcher=(), cwd=None):
+def torchrun(ranks, *words, launcher=(), prefix=(), cwd=None):
     launcher = launcher or ["--standalone", "--nproc-per-node", str(ranks)]
-    words = [sys.executable, "-m", "torch.distributed.run", *launcher, ROOT / "fedgin.py", *words]
+    words = [
+        *prefix,
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *launcher,
+        ROOT / "fedgin.py",
+        *words,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([str(word) for word in words], env=environment, cwd=cwd, **pipes)
@@ -163,6 +172,53 @@ def test_a_bad_case_ends_all_ranks_with_its_reason(two_machines):
     truncate(root / "1/ct/s0001/ct.nii.gz")
     for code, _, error in map(finish, start("--out", "out")):
         assert code == 1
-        assert "rank 1 (ct): " in error or "(rank 1): " in error
+        assert any(who in error for who in ("rank 1 (ct): ", "(rank 1): "))
         assert "s0001/ct.nii.gz: cannot be read" in error
     assert not (root / "0/out").exists()
+
+
+@pytest.fixture
+def two_networks():
+    """Two network namespaces joined by a cable: how to run in each, and how to cut it."""
+    names = ("fedgin0", "fedgin1")
+    setup = [f"netns add {name}" for name in names]
+    setup += ["link add fedgin0 netns fedgin0 type veth peer name fedgin1 netns fedgin1"]
+    for i, name in enumerate(names):
+        setup += [f"-n {name} addr add 10.77.0.{i + 1}/24 dev {name}"]
+        setup += [f"-n {name} link set {device} up" for device in (name, "lo")]
+    if not shutil.which("ip"):
+        pytest.skip("network namespaces need iproute2's ip")
+    try:
+        for line in setup:
+            done = subprocess.run(["ip", *line.split()], capture_output=True, text=True)
+            if done.returncode:
+                pytest.skip(f"no network namespaces here: ip {line}: {done.stderr.strip()}")
+        cut = ["ip", "-n", "fedgin1", "link", "set", "fedgin1", "down"]
+        yield [["ip", "netns", "exec", n] for n in names], lambda: subprocess.run(cut, check=True)
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], stderr=subprocess.DEVNULL)
+
+
+def test_a_cut_link_ends_both_ranks_within_the_timeout(two_networks, tmp_path, monkeypatch):
+    inside, cut = two_networks
+    processes = []
+    for machine, prefix in enumerate(inside):
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", f"fedgin{machine}")
+        launcher = [
+            *("--nnodes", "2", "--node-rank", machine, "--nproc-per-node", "1"),
+            *("--master-addr", "10.77.0.1", "--master-port", "29500"),
+        ]
+        out = tmp_path / str(machine)
+        words = [*TINY, "--timeout", "4", "--rounds", "1000", "--out", out]
+        processes.append(torchrun(2, *words, launcher=launcher, prefix=prefix))
+    wait_for(tmp_path / "0/checkpoint.pt", processes[0])  # round 2 has begun
+    cut()
+    began = time.monotonic()
+    ends = [finish(process) for process in processes]
+    assert time.monotonic() - began < 4 + 6  # torchrun takes its time to leave
+    assert [code for code, *_ in ends] == [1, 1]
+    assert "rank 1 (ct): no answer for 2 s: it hangs, or the network is cut" in ends[0][2]
+    assert "rank 0 (mri): no answer for 4 s" in ends[1][2]
+    saved = torch.load(tmp_path / "0/checkpoint.pt", weights_only=True)
+    assert saved["round"] >= 1
