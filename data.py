@@ -30,7 +30,9 @@ from typing import NamedTuple
 import nibabel
 import numpy as np
 import torch
+from nibabel.affines import voxel_sizes
 from nibabel.filebasedimages import ImageFileError
+from nibabel.openers import ImageOpener
 from nibabel.spatialimages import HeaderDataError
 from torch import Tensor
 from torch.nn import functional as F
@@ -79,6 +81,10 @@ class DataError(ValueError):
     """Something about a folder or a file that its owner can mend; the message says how."""
 
 
+# organ → the files that hold it, each with the label values that mean it; no values: any > 0.5
+Masks = dict[str, list[tuple[Path, tuple[int, ...]]]]
+
+
 class Case(NamedTuple):
     """One scan as it lies on disk."""
 
@@ -88,8 +94,7 @@ class Case(NamedTuple):
     modality: str  # "ct" or "mri"
     split: str  # "train", "val" or "test" where the data set says so, else ""
     image: Path
-    # organ → the files that hold it, each with the label values that mean it; no values: any > 0.5
-    masks: dict[str, list[tuple[Path, tuple[int, ...]]]]
+    masks: Masks
     values: tuple[int, ...] = ()  # all values that the data set lists; empty for binary masks
 
 
@@ -152,7 +157,7 @@ def _find_totalsegmentator(root: Path) -> list[Case]:
     cases = []
     for scan in sorted([*root.glob("*/ct.nii.gz"), *root.glob("*/mri.nii.gz")]):
         id_, modality = scan.parent.name, scan.name.removesuffix(".nii.gz")
-        masks = {
+        masks: Masks = {
             organ: [(scan.parent / "segmentations" / f"{name}.nii.gz", ()) for name in names]
             for organ, names in labelled.items()
         }
@@ -297,7 +302,7 @@ def read_nifti(path: Path) -> Scan:
         refuse("missing")
     try:
         file = nibabel.load(path)
-        with nibabel.openers.ImageOpener(path) as stream:  # as it is: load() mends a pixdim of 0
+        with ImageOpener(path) as stream:  # as it is: load() mends a pixdim of 0
             pixdim = file.header_class.from_fileobj(stream, check=False)["pixdim"][1:4].tolist()
         if not all(math.isfinite(mm) and mm > 0 for mm in pixdim):
             refuse(f"voxel size {pixdim} mm is not positive")
@@ -311,7 +316,7 @@ def read_nifti(path: Path) -> Scan:
         refuse(f"cannot be read ({error}): truncated, corrupt or no NIfTI file")
     if not np.isfinite(voxels).all():
         refuse(f"has {int((~np.isfinite(voxels)).sum())} voxels that are NaN or infinite")
-    spacing = tuple(nibabel.affines.voxel_sizes(canonical.affine).tolist())
+    spacing = tuple(voxel_sizes(canonical.affine).tolist())
     return Scan(voxels, spacing, canonical.affine, file, troubles)
 
 
@@ -348,7 +353,7 @@ def read_case(case: Case, organs: Sequence[str]) -> tuple[Scan | None, np.ndarra
         labels = np.zeros(scan.voxels.shape, dtype=np.uint8)
     for path, wanted in _label_files(case, organs).items():
         mask = _try_read(path, troubles)
-        if not (mask and scan):
+        if mask is None or scan is None or labels is None:
             continue
         if mask.voxels.shape != scan.voxels.shape:
             shapes = f"{mask.voxels.shape} voxels, its scan {case.image.name} {scan.voxels.shape}"
@@ -367,7 +372,7 @@ def read_case(case: Case, organs: Sequence[str]) -> tuple[Scan | None, np.ndarra
         troubles.append(Trouble(case.image, what, "it is used if nothing else is wrong", True))
     if not all(trouble.usable for trouble in troubles):
         return scan, None, troubles
-    if not labels.any():
+    if labels is not None and not labels.any():
         troubles.append(Trouble(case.image, "has no organ at all", "it is all background", True))
     return scan, labels, troubles
 
@@ -585,7 +590,7 @@ def write_nifti(path: Path, labels: np.ndarray, scan: Scan) -> None:
     """Save a label map with the header, and so the place, of a scan; whole or not at all."""
     header = scan.file.header.copy()
     header.set_data_dtype(np.uint8)
-    header.set_slope_inter(1, 0)
+    header["scl_slope"], header["scl_inter"] = 1, 0
     temporary = path.with_name(f"tmp-{path.name}")
     nibabel.save(nibabel.Nifti1Image(labels.astype(np.uint8), scan.file.affine, header), temporary)
     temporary.replace(path)
@@ -616,15 +621,13 @@ def resample_labels(scores: Iterator[Tensor] | Tensor, size: tuple[int, ...]) ->
     With one-hot labels as scores it resamples a label map, with logits it brings a prediction back
     to a scan's grid. Only one class is held at the new size beside the best so far.
     """
-    best, labels = None, None
-    for label, score in enumerate(scores):
-        score = _resample(score, size)
-        if best is None:
-            best, labels = score, torch.zeros(size, dtype=torch.uint8, device=score.device)
-        else:
-            better = score > best
-            best = torch.where(better, score, best)
-            labels[better] = label
+    resampled = (_resample(score, size) for score in scores)
+    best = next(resampled)
+    labels = torch.zeros(size, dtype=torch.uint8, device=best.device)
+    for label, score in enumerate(resampled, start=1):
+        better = score > best
+        best = torch.where(better, score, best)
+        labels[better] = label
     return labels.cpu().numpy()
 
 
@@ -715,15 +718,16 @@ def inspect(case: Case) -> dict:
     """What there is to say of a case: its troubles, spacing and size, and voxels by organ."""
     organs = [organ for organ in ORGANS if organ in case.masks]
     scan, labels, troubles = read_case(case, organs)
-    counts = np.bincount(labels.ravel(), minlength=len(organs) + 1) if labels is not None else []
+    found = labels if labels is not None else np.empty(0, dtype=np.uint8)
+    counts = np.bincount(found.ravel(), minlength=len(organs) + 1)
     return {
         "id": case.id,
         "modality": case.modality,
         "usable": labels is not None,
         "spacing": list(scan.spacing) if scan else None,
         "size": list(scan.voxels.shape) if scan else None,
-        "voxels": {organ: int(n) for organ, n in zip(organs, counts[1:], strict=False)},
-        "troubles": [t._replace(file=str(t.file))._asdict() for t in troubles],
+        "voxels": {organ: int(n) for organ, n in zip(organs, counts[1:], strict=True)},
+        "troubles": [{**t._asdict(), "file": str(t.file)} for t in troubles],
     }
 
 
@@ -760,10 +764,10 @@ def check(folders: Sequence[str], layout: str | None = None) -> dict[str, dict]:
             cases = find_cases(folder, layout=layout)
         except DataError as error:
             trouble = Trouble(Path(folder), str(error), "nothing of it can be used", False)
-            found[folder] = {"cases": [], "troubles": [trouble._replace(file=folder)._asdict()]}
+            found[folder] = {"cases": [], "troubles": [{**trouble._asdict(), "file": folder}]}
             continue
         reports = list(_in_parallel(inspect, cases, folder))
-        troubles = [t._replace(file=str(t.file))._asdict() for t in _duplicates(cases)]
+        troubles = [{**t._asdict(), "file": str(t.file)} for t in _duplicates(cases)]
         troubles += [trouble for report in reports for trouble in report.pop("troubles")]
         found[folder] = {"cases": reports, "troubles": troubles}
     return found

@@ -116,10 +116,10 @@ class Config:
 class Hospital(NamedTuple):
     name: str
     modality: str
-    train: Sequence[Volume]
-    val: Sequence[Volume]
-    test: Sequence[Volume]
-    here: bool = True  # False: another rank's, of which only the number of training cases is known
+    train: Sequence  # of volumes, as val and test
+    val: Sequence
+    test: Sequence
+    here: bool = True  # False: another rank's; train has the length that is known, and no volume
 
 
 class Client(NamedTuple):
@@ -138,7 +138,8 @@ def make_model(config: Config, seed: int, device: torch.device) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = UNet3D(1, len(config.organs) + 1, config.width, config.depth)
-    return model.to(device, memory_format=torch.channels_last_3d)
+    model.to(device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    return model
 
 
 def train_arm(
@@ -259,13 +260,15 @@ def test(config: Config, model: nn.Module, hospitals: Sequence[Hospital], device
     for hospital in hospitals:
         for case in hospital.test:
             stop_if_asked()
-            truth, spacing, modality = case.labels, (phantom.SPACING,) * 3, hospital.modality
+            truth, modality = case.labels, hospital.modality
+            spacing: tuple[float, ...] = (phantom.SPACING,) * 3
             if case.case:
                 scan, truth = data.read_usable(case.case, config.organs)
                 spacing, modality = scan.spacing, case.case.modality
             pred = evaluate.segment(model, case.image, config.patch, truth.shape, device)
-            settings = {"tolerance": config.nsd_tolerance, "labelled": case.labelled}
-            scores = evaluate.score_case(pred, truth, config.organs, spacing, **settings)
+            scores = evaluate.score_case(
+                pred, truth, config.organs, spacing, config.nsd_tolerance, case.labelled
+            )
             where = {"hospital": hospital.name, "modality": modality, "case": case.id}
             results.append({**where, "scores": scores})
     return results
@@ -384,17 +387,15 @@ def check_labels(config: Config, found: list[tuple[Place, list[Case]]], ranks: R
     data.check_organs(labelled, config.organs, config.partial_labels)
 
 
-def into_hospitals(place: Place, parts: dict[str, list[Volume]], ranks: Ranks) -> list[Hospital]:
+def into_hospitals(place: Place, parts: dict[str, list], ranks: Ranks) -> list[Hospital]:
     """Deal the cases of a place out to its hospitals; keep those that this rank works for."""
     sites = len(place.hospitals)
     if sites > 1 and len(parts["train"]) < sites:
         raise DataError(
             f"--sites {sites}: {place.folder} has {len(parts['train'])} training cases, too few"
         )
-    dealt = [
-        Hospital(name, place.modality, *(parts[part][i::sites] for part in PHANTOMS))
-        for i, name in enumerate(place.hospitals)
-    ]
+    train, val, test = ([cases[i::sites] for i in range(sites)] for cases in parts.values())
+    dealt = map(Hospital, place.hospitals, [place.modality] * sites, train, val, test)
     return [hospital for hospital in dealt if hospital.name in ranks.ours()]
 
 
@@ -557,12 +558,12 @@ def everyones(scores: list[dict], config: Config, ranks: Ranks) -> list[dict]:
     for n, (hospital, ct, *numbers) in enumerate(ranks.add_up(table).tolist()):
         where = {"hospital": ranks.hospitals[int(hospital)], "modality": ("mri", "ct")[int(ct)]}
         by_organ = zip(config.organs, zip(*[iter(numbers)] * 4, strict=True), strict=True)
-        scores = {
+        found = {
             organ: {"outcome": OUTCOMES[int(outcome)]}
             | {m: v for m, v in zip(METRICS, values, strict=True) if not math.isnan(v)}
             for organ, (outcome, *values) in by_organ
         }
-        shared.append({**where, "case": f"case {n}", "scores": scores})
+        shared.append({**where, "case": f"case {n}", "scores": found})
     return shared
 
 
@@ -590,7 +591,8 @@ def open_run(config: Config, hospitals: dict[int, list[Hospital]], ranks: Ranks)
     several ranks, rank 0 keeps the run, and each one what concerns its own hospitals.
     """
     out, differ = Path(config.out), []
-    done, state = {"finished": [], "results": []}, {"history": []}
+    done: dict = {"finished": [], "results": []}
+    state: dict = {"history": []}
     if ranks.rank == 0:
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         about = {"format": FORMAT, **dataclasses.asdict(config), "versions": versions}
@@ -668,7 +670,7 @@ def locked(out: Path, ranks: Ranks):
         return
     with open(out / "lock", "a", encoding="utf-8") as file:
         try:
-            if os.name == "nt":
+            if sys.platform == "win32":
                 import msvcrt
 
                 msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)

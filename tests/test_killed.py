@@ -7,12 +7,13 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
 from tiny import TINY, assert_same, outcome
+
+import fedgin
 
 ROOT = Path(__file__).parent.parent
 
@@ -54,85 +55,65 @@ class Starter:
 
 
 @pytest.fixture(scope="module")
-def starters(tmp_path_factory):
-    found = [Starter(tmp_path_factory.mktemp("starter")) for _ in range(2)]
-    yield found
-    for starter in found:
-        with starter.process:
-            starter.process.stdin.close()
+def starter(tmp_path_factory):
+    found = Starter(tmp_path_factory.mktemp("starter"))
+    with found.process:
+        yield found
+        found.process.stdin.close()
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, starters):
+def undisturbed(tmp_path_factory, starter):
     out = tmp_path_factory.mktemp("undisturbed") / "out"
-    starters[0].start(out)
+    starter.start(out)
     began = time.monotonic()
-    assert starters[0].end()[0] == 0
+    assert starter.end()[0] == 0
     return out, time.monotonic() - began
 
 
-def kill_and_resume(starter, out, kills, longest, seed, died):
-    draw = random.Random(seed)
-    for _ in range(kills):
-        pid = starter.start(out, "--resume")
-        time.sleep(draw.uniform(0, longest))
-        with contextlib.suppress(ProcessLookupError):  # the run had come to its end
-            os.kill(pid, signal.SIGKILL)
-        died.append(starter.end()[0] == -signal.SIGKILL)
-    starter.start(out, "--resume")
-    died.append(starter.end()[0])
-
-
 def test_killed_at_random_moments_and_resumed_it_ends_the_same(
-    undisturbed, starters, tmp_path, request
+    undisturbed, starter, tmp_path, request
 ):
     """SIGKILL between batches, in checkpoints, between arms, in evaluation: the same bits."""
     calm, seconds = undisturbed
-    kills = request.config.getoption("--kills") // 2
-    died = [[], []]
-    threads = [
-        threading.Thread(
-            target=kill_and_resume,
-            args=(starters[i], tmp_path / str(i), kills, seconds / 5, i, died[i]),
-        )
-        for i in range(2)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for i in range(2):
-        assert len(died[i]) == kills + 1
-        assert died[i][-1] == 0
-        assert_same(outcome(calm), outcome(tmp_path / str(i)))
-    assert sum(died[0][:-1]) + sum(died[1][:-1]) >= kills  # the others had finished before
+    kills, died, draw = request.config.getoption("--kills"), 0, random.Random(0)
+    for n in range(kills):
+        out = tmp_path / str(n * 2 // kills)  # one run for each half of the kills
+        pid = starter.start(out, "--resume")
+        time.sleep(draw.uniform(0, seconds / 5))
+        with contextlib.suppress(ProcessLookupError):  # the run had come to its end
+            os.kill(pid, signal.SIGKILL)
+        died += starter.end()[0] == -signal.SIGKILL
+    assert died >= kills / 2
+    for half in ("0", "1"):
+        starter.start(tmp_path / half, "--resume")
+        assert starter.end()[0] == 0
+        assert_same(outcome(calm), outcome(tmp_path / half))
 
 
-def test_ctrl_c_and_sigterm_say_how_to_go_on(undisturbed, starters, tmp_path):
+def test_ctrl_c_and_sigterm_say_how_to_go_on(undisturbed, starter, tmp_path):
     calm, _ = undisturbed
     for stop in (signal.SIGINT, signal.SIGTERM):
-        pid = starters[0].start(tmp_path, "--resume")
+        pid = starter.start(tmp_path, "--resume")
         while not (tmp_path / "checkpoint.pt").exists():
             time.sleep(0.01)  # the first time: one of eight rounds is done
         time.sleep(0.2)  # the second time: it is at work again
         os.kill(pid, stop)
-        code, error = starters[0].end()
+        code, error = starter.end()
         assert code == 130
         assert "the same command with --resume goes on" in error.splitlines()[-1]
         assert "Traceback" not in error
-    starters[0].start(tmp_path, "--resume")
-    assert starters[0].end()[0] == 0
+    starter.start(tmp_path, "--resume")
+    assert starter.end()[0] == 0
     assert_same(outcome(calm), outcome(tmp_path))
 
 
-def test_two_processes_do_not_share_a_run(starters, tmp_path):
-    words = (tmp_path / "out", "--rounds", "50")
-    first = starters[0].start(*words)
+def test_two_processes_do_not_share_a_run(starter, tmp_path, capsys):
+    words = (str(tmp_path / "out"), "--rounds", "50")
+    pid = starter.start(*words)
     while not (tmp_path / "out/config.json").exists():
         time.sleep(0.01)
-    starters[1].start(*words, "--resume")
-    code, error = starters[1].end()
-    os.kill(first, signal.SIGKILL)
-    assert starters[0].end()[0] == -signal.SIGKILL
-    assert code == 2
-    assert "another process is at work" in error
+    assert fedgin.main([*TINY, "--out", *words, "--resume"]) == 2
+    assert "another process is at work" in capsys.readouterr().err
+    os.kill(pid, signal.SIGKILL)
+    assert starter.end()[0] == -signal.SIGKILL
