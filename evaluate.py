@@ -369,8 +369,8 @@ def predict(case, model, needs: dict, out: Path, device, tolerance: float) -> di
     return score_case(labels, truth, needs["organs"], scan.spacing, tolerance, labelled)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    from data import LAYOUTS, NORMALIZATION, DataError
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    from data import LAYOUTS, NORMALIZATION
 
     parser = argparse.ArgumentParser(description="Segment scans with a checkpoint of fedgin.py.")
     parser.add_argument("--checkpoint", required=True, type=Path, metavar="FILE")
@@ -382,7 +382,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--layout", choices=LAYOUTS, help="where a folder looks like two")
     text = "mm within which a surface voxel counts as right (default: 2)"
     parser.add_argument("--nsd-tolerance", type=float, default=2.0, metavar="MM", help=text)
-    words = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    from data import DataError
+
+    words = parse(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         model, needs = load_model(words.checkpoint, device)

@@ -263,13 +263,15 @@ class Ranks:
         content = text.encode()[:LETTER]
         letter[: len(content)] = torch.tensor(list(content), dtype=torch.uint8)
         with contextlib.suppress(RuntimeError):  # whoever is gone is missed when it has to answer
-            distributed.isend(letter, rank).wait(timedelta(seconds=self.timeout))  # type: ignore[union-attr]
+            work = distributed.isend(letter, rank)
+            work.wait(timedelta(seconds=self.timeout))  # type: ignore[union-attr]
 
     def _receive(self, rank: int, seconds: float, began: float | None = None) -> str:
         """The trouble that another rank writes of, if any, or that it does not write."""
         letter, began = torch.zeros(LETTER, dtype=torch.uint8), began or time.monotonic()
         try:
-            distributed.irecv(letter, rank).wait(timedelta(seconds=seconds))  # type: ignore[union-attr]
+            work = distributed.irecv(letter, rank)
+            work.wait(timedelta(seconds=seconds))  # type: ignore[union-attr]
         except RuntimeError:
             if time.monotonic() - began < 0.9 * seconds:
                 return self._name(rank) + "is gone: it died or was killed"

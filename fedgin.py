@@ -157,22 +157,9 @@ def train_arm(
     losses = {name: segmentation_loss(c.cases, config, device) for name, c in ours.items()}
 
     def train(name: str, round_: int) -> float:
-        cases, steps, _ = ours[name]
-        augment: nn.Module = nn.Identity()
-        if arm.gin:
-            augment = GIN(config.gin_probability, generator=generator(seed, round_, name, "gin"))
-        draws = generator(seed, round_, name, "patches")
-
-        def batches():
-            drawn = data.patches(cases, config.patch, config.batch_size, steps, draws)
-            for batch in data.ahead(drawn, pin=device.type == "cuda"):
-                stop_if_asked()
-                images, labels, labelled = (part.to(device, non_blocking=True) for part in batch)
-                yield augment(images), (labels, labelled)
-
         loss = train_locally(
             model,
-            batches(),
+            batches(config, arm, ours[name], (seed, round_, name), device),
             losses[name],
             lr=config.lr * (1 - (round_ - 1) / config.rounds) ** 0.9,
             autocast=evaluate.mixed_precision(device),
@@ -187,6 +174,19 @@ def train_arm(
     for round_, loss in federated_rounds(model, n_k, train, config.rounds, start, average):
         total = torch.tensor(sum(loss.values()), dtype=torch.float64)
         yield round_, ranks.add_up(total).item() / len(clients)
+
+
+def batches(config: Config, arm: Arm, client: Client, key: tuple, device: torch.device):
+    """Yield what a hospital trains on in a round: (images, (labels, labelled)), on the device."""
+    augment: nn.Module = nn.Identity()
+    if arm.gin:
+        augment = GIN(config.gin_probability, generator=generator(*key, "gin"))
+    draws = generator(*key, "patches")
+    drawn = data.patches(client.cases, config.patch, config.batch_size, client.steps, draws)
+    for batch in data.ahead(drawn, pin=device.type == "cuda"):
+        stop_if_asked()
+        images, labels, labelled = (part.to(device, non_blocking=True) for part in batch)
+        yield augment(images), (labels, labelled)
 
 
 def generator(*key) -> torch.Generator:
