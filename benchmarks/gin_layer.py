@@ -26,8 +26,9 @@ def naive(x: torch.Tensor) -> torch.Tensor:
         h = F.leaky_relu(h, 0.01) if layer < 3 else h
     alpha = torch.rand(batch, 1, 1, 1, 1, device=x.device)
     mixed = alpha * h.reshape(x.shape) + (1 - alpha) * x
-    norm = (1, 2, 3, 4)
-    return mixed * x.norm(dim=norm, keepdim=True) / (mixed.norm(dim=norm, keepdim=True) + 1e-5)
+    norm = {"dim": (1, 2, 3, 4), "keepdim": True}
+    restored = torch.linalg.vector_norm(x, **norm)
+    return mixed * restored / (torch.linalg.vector_norm(mixed, **norm) + 1e-5)
 
 
 def seeded(function, x, calls):

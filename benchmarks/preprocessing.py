@@ -27,10 +27,11 @@ def main() -> None:
     def ours():
         return to_model_grid(scan, "ct", TARGET)
 
+    def zoom(volume):
+        return ndimage.zoom(volume, factors, order=1, grid_mode=True, mode="nearest")
+
     def scipys():
-        return normalize(
-            ndimage.zoom(voxels, factors, order=1, grid_mode=True, mode="nearest"), "ct"
-        )
+        return normalize(zoom(voxels), "ct")
 
     def our_labels():
         one_hot = (torch.from_numpy(labels == label).float() for label in range(LABELS))
@@ -38,10 +39,7 @@ def main() -> None:
 
     def scipys_labels():
         """Class by class, as ours: zoom of the label map itself would need nearest neighbours."""
-        zoomed = [
-            ndimage.zoom((labels == n).astype(np.float32), factors, order=1, grid_mode=True)
-            for n in range(LABELS)
-        ]
+        zoomed = [zoom((labels == n).astype(np.float32)) for n in range(LABELS)]
         return np.argmax(zoomed, axis=0)
 
     ours_size = ours().shape
