@@ -201,7 +201,7 @@ class Ranks:
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.hospitals, self.timeout = hospitals, timeout
         if self.size > 1:
-            distributed.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+            self._find_one_another(timedelta(seconds=timeout))
 
     def ours(self, rank: int | None = None) -> Sequence[str]:
         """The hospitals that this rank, or another one, works for."""
@@ -233,6 +233,17 @@ class Ranks:
             if error is not None and not isinstance(error, RankError):
                 self._meet(str(error) or STOPPED)
             distributed.destroy_process_group()
+
+    def _find_one_another(self, patience: timedelta) -> None:
+        # After a restart torchrun's store may still hold the addresses of dead ranks: hence a prefix.
+        prefix = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        try:
+            store, rank, size = next(distributed.rendezvous("env://", timeout=patience))
+            store = distributed.PrefixStore(prefix, store)
+            settings = {"store": store, "rank": rank, "world_size": size, "timeout": patience}
+            distributed.init_process_group("gloo", **settings)
+        except (RuntimeError, ValueError) as error:
+            raise RankError(f"the ranks have not found one another: {error}") from error
 
     def _meet(self, trouble: str = "") -> None:
         """Wait for all ranks and hear how they are; RankError if another one is in trouble.

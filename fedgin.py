@@ -553,7 +553,7 @@ def everyones(scores: list[dict], config: Config, ranks: Ranks) -> list[dict]:
         numbers = [ranks.hospitals.index(score["hospital"]), score["modality"] == "ct"]
         for s in score["scores"].values():
             numbers += [OUTCOMES.index(s["outcome"]), *(s.get(m, math.nan) for m in METRICS)]
-        table[row] = torch.tensor(numbers)
+        table[row] = torch.tensor(numbers, dtype=torch.float64)
     shared = []
     for n, (hospital, ct, *numbers) in enumerate(ranks.add_up(table).tolist()):
         where = {"hospital": ranks.hospitals[int(hospital)], "modality": ("mri", "ct")[int(ct)]}
@@ -580,7 +580,7 @@ def check_alike(config: Config, ranks: Ranks) -> None:
     digest = int.from_bytes(hashlib.sha256(repr(settings).encode()).digest()[:4], "little")
     if ranks.add_up(torch.tensor(digest)).item() != digest * ranks.size:
         raise DataError(
-            "ranks were started with different flags; only --out and --cache may differ"
+            "ranks were started with different flags; only --out, --cache and --timeout may differ"
         )
 
 
