@@ -235,7 +235,7 @@ class Ranks:
             distributed.destroy_process_group()
 
     def _find_one_another(self, patience: timedelta) -> None:
-        # After a restart torchrun's store may still hold the addresses of dead ranks: hence a prefix.
+        # After a restart torchrun's store still holds the addresses of dead ranks: hence a prefix.
         prefix = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         try:
             store, rank, size = next(distributed.rendezvous("env://", timeout=patience))
