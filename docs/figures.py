@@ -103,7 +103,7 @@ def validation(run: Path, path: Path) -> None:
                 if m == modality and its_ratio in ("", ratio):
                     x, y = zip(*[(r, np.mean(s)) for r, s in sorted(rounds.items())], strict=True)
                     axis.plot(x, y, color=ARM_COLOURS[arm], label=arm, linewidth=1.8)
-            axis.set_title(f"{modality.upper()}{f', MRI : CT {ratio}' if ratio else ''}")
+            axis.set_title(f"{modality.upper()}{f', at MRI : CT {ratio}' if ratio else ''}")
             axis.set_ylim(0, 1)
         row[0].set_ylabel("validation Dice")
     for axis in axes[-1]:
@@ -145,12 +145,12 @@ def predictions(run: Path, path: Path) -> None:
             modality = case.case.modality if case.case else hospital.modality
             cases.setdefault(modality, case)
     columns = 2 + len(dict.fromkeys(arms))
-    size = (1.45 * columns, 1.6 * len(cases) + 0.5)
+    size = (1.45 * columns, 1.6 * len(cases) + 0.4)
     figure, axes = plt.subplots(
         len(cases), columns, figsize=size, squeeze=False, layout="constrained"
     )
     for row, (modality, case) in zip(axes, cases.items(), strict=True):
-        z = int((case.labels > 0).sum((0, 1)).argmax())
+        z = best_slice(case.labels)
         show(row[0], case.image[:, :, z], f"{modality.upper()} {case.id}")
         overlay(row[1], case, case.labels, z, "truth")
         for axis, label in zip(row[2:], dict.fromkeys(arms), strict=True):
@@ -164,6 +164,16 @@ def predictions(run: Path, path: Path) -> None:
         boxes, config.organs, loc="outside lower center", ncol=len(config.organs), frameon=False
     )
     save(figure, path)
+
+
+def best_slice(labels: np.ndarray) -> int:
+    """The axial slice with most organs, and of those the one with the largest smallest organ."""
+
+    def key(z: int):
+        sizes = np.bincount(labels[:, :, z].ravel(), minlength=2)[1:]
+        return (sizes > 0).sum(), sizes[sizes > 0].min(initial=0)
+
+    return max(range(labels.shape[2]), key=key)
 
 
 def overlay(axis, case, labels: np.ndarray, z: int, title: str) -> None:

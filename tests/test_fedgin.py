@@ -2,6 +2,8 @@
 
 import csv
 import json
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -76,6 +78,14 @@ def test_a_checkpoint_gives_the_results_back(phantom_run):
         if (r["arm"], r["seed"], r["case"]) == ("fedgin 1:1", 2, case.id) and r["modality"] == "mri"
     ]
     assert evaluate.score_case(labels, case.labels, needs["organs"], (SPACING,) * 3) == saved
+
+
+def test_pictures_of_a_run(phantom_run, tmp_path):
+    figures = runpy.run_path(str(Path(fedgin.__file__).parent / "docs/figures.py"))
+    figures["main"]([str(phantom_run), str(tmp_path)])
+    sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    assert sizes.keys() == {"validation.png", "predictions.png", "ratios.png"}
+    assert all(5_000 < size < 300_000 for size in sizes.values())
 
 
 def test_the_same_command_twice_is_bit_identical(tmp_path):
