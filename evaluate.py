@@ -30,6 +30,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+METRICS = ("dice", "hd95", "nsd")
+OUTCOMES = ("scored", "missed", "absent", "unlabelled")
+
 
 @torch.no_grad()
 def sliding_window(
@@ -233,7 +236,7 @@ def summarize(results: Sequence[dict], organs: Sequence[str]) -> dict[str, dict]
 def _columns(scores: Sequence[dict], organs: Sequence[str]) -> dict[str, float]:
     """The columns of summarize for the cases of one arm, seed and modality."""
     columns: dict[str, float] = {}
-    for metric in ("dice", "hd95", "nsd"):
+    for metric in METRICS:
         by_organ = {o: mean(case[o].get(metric, math.nan) for case in scores) for o in organs}
         columns[metric] = mean(by_organ.values())
         columns |= by_organ if metric == "dice" else {}
@@ -425,7 +428,7 @@ def write_scores(path: Path, results: Sequence[dict]) -> None:
         writer.writerow(["case", "modality", "organ", "outcome", "dice", "hd95", "nsd"])
         for result in results:
             for organ, s in result["scores"].items():
-                metrics = [s.get(metric, "") for metric in ("dice", "hd95", "nsd")]
+                metrics = [s.get(metric, "") for metric in METRICS]
                 writer.writerow([result["case"], result["modality"], organ, s["outcome"], *metrics])
 
 

@@ -89,8 +89,6 @@ def federated_rounds(
         try:
             updates = _updates(model, n_cases, train, round_, losses)
             model.load_state_dict(average(updates))  # w ← Σ_k (n_k / Σ_j n_j) · w_k
-        except RankError:
-            raise
         except (ValueError, RuntimeError, OSError, MemoryError) as error:
             hospital = next(reversed(losses), "none")
             raise RuntimeError(f"round {round_}, hospital {hospital}: {error}") from error
@@ -184,8 +182,8 @@ STOPPED = "was stopped"
 LETTER = 1000  # bytes
 
 
-class RankError(RuntimeError):
-    """Another rank is in trouble, or gone."""
+class RankError(Exception):
+    """Another rank is in trouble, or gone. No RuntimeError, as no work of this rank failed."""
 
 
 class Ranks:

@@ -63,7 +63,6 @@ RATIOS = {"1:1": 1, "1:2": 2, "1:5": 5, "all": math.inf}  # CT training cases fo
 PHANTOMS = {"train": range(12), "val": range(12, 16), "test": range(16, 24)}  # of each modality
 FORMAT = 1  # of checkpoints and config.json
 OWN_TO_A_START = ("out", "cache", "no_cache", "resume", "timeout", "versions")  # may change
-OUTCOMES, METRICS = ("scored", "missed", "absent", "unlabelled"), ("dice", "hd95", "nsd")
 STOP = threading.Event()  # set by Ctrl-C and SIGTERM, seen between batches
 SCANS = {"rounds": 100, "local_steps": 50, "patch": 96, "width": 32, "depth": 5, "lr": 1e-3}
 
@@ -299,6 +298,10 @@ def places(config: Config) -> list[Place]:
     ]
 
 
+def hospital_names(config: Config) -> list[str]:
+    return [name for place in places(config) for name in place.hospitals]
+
+
 def our_places(config: Config, ranks: Ranks) -> list[Place]:
     """Those with a hospital that this rank works for; no other folder is opened."""
     return [place for place in places(config) if set(place.hospitals) & set(ranks.ours())]
@@ -442,7 +445,7 @@ def run(config: Config) -> None:
 
     Under torchrun each rank does so for its own hospitals, and rank 0 alone prints and writes.
     """
-    out, names = Path(config.out), [name for place in places(config) for name in place.hospitals]
+    out, names = Path(config.out), hospital_names(config)
     if len(set(names)) < len(names):
         raise DataError(f"two hospitals would have the same name ({', '.join(names)})")
     with Ranks(names, config.timeout) as ranks:
@@ -483,8 +486,6 @@ def go_through(plan, config: Config, hospitals, device, ranks: Ranks) -> dict:
             done["finished"].append([seed, label])
             if ranks.rank == 0:
                 write(Path(config.out) / "results.json", json.dumps(done, indent=1).encode())
-        except RankError:
-            raise
         except (DataError, RuntimeError, OSError, MemoryError) as error:
             raise RuntimeError(f"seed {seed}, arm {label}: {error}") from error
     return done
@@ -534,11 +535,16 @@ def fit(config, label: str, clients, hospitals, seed: int, device, state: dict, 
             bar.set_postfix(loss=f"{loss:.3f}", **shown, refresh=False)
             bar.update()
     model.load_state_dict(ranks.first(state["best"].get("weights", model.state_dict())))
-    name = label.replace(":", "-").replace(" ", "-") + f"-seed{seed}" * (len(config.seeds) > 1)
     about = {"format": FORMAT, "arm": label, "seed": seed, "model": model_needs(config)}
     if ranks.rank == 0:
-        save(out / f"{name}.pt", {**state["best"], **about})
+        save(checkpoint_path(config, label, seed), {**state["best"], **about})
     return model
+
+
+def checkpoint_path(config: Config, label: str, seed: int) -> Path:
+    """Where the trained model of an arm is kept."""
+    name = label.replace(":", "-").replace(" ", "-") + f"-seed{seed}" * (len(config.seeds) > 1)
+    return Path(config.out) / f"{name}.pt"
 
 
 def everyones(scores: list[dict], config: Config, ranks: Ranks) -> list[dict]:
@@ -552,15 +558,18 @@ def everyones(scores: list[dict], config: Config, ranks: Ranks) -> list[dict]:
     for row, score in enumerate(scores, start=first):
         numbers = [ranks.hospitals.index(score["hospital"]), score["modality"] == "ct"]
         for s in score["scores"].values():
-            numbers += [OUTCOMES.index(s["outcome"]), *(s.get(m, math.nan) for m in METRICS)]
+            numbers += [
+                evaluate.OUTCOMES.index(s["outcome"]),
+                *(s.get(m, math.nan) for m in evaluate.METRICS),
+            ]
         table[row] = torch.tensor(numbers, dtype=torch.float64)
     shared = []
     for n, (hospital, ct, *numbers) in enumerate(ranks.add_up(table).tolist()):
         where = {"hospital": ranks.hospitals[int(hospital)], "modality": ("mri", "ct")[int(ct)]}
         by_organ = zip(config.organs, zip(*[iter(numbers)] * 4, strict=True), strict=True)
         found = {
-            organ: {"outcome": OUTCOMES[int(outcome)]}
-            | {m: v for m, v in zip(METRICS, values, strict=True) if not math.isnan(v)}
+            organ: {"outcome": evaluate.OUTCOMES[int(outcome)]}
+            | {m: v for m, v in zip(evaluate.METRICS, values, strict=True) if not math.isnan(v)}
             for organ, (outcome, *values) in by_organ
         }
         shared.append({**where, "case": f"case {n}", "scores": found})
@@ -860,7 +869,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DataError as error:
         print(f"{me}: {error}", file=sys.stderr)
         return 2
-    except (RuntimeError, OSError, MemoryError) as error:
+    except (RankError, RuntimeError, OSError, MemoryError) as error:
         print(f"{me}: the run failed: {error}", file=sys.stderr)
         print("Finished rounds are kept; the same command with --resume goes on.", file=sys.stderr)
         return 1

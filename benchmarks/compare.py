@@ -69,8 +69,8 @@ def settings(*words: str) -> fedgin.Config:
 
 
 def phantom_hospitals(config: fedgin.Config) -> list[fedgin.Hospital]:
-    names = [name for place in fedgin.places(config) for name in place.hospitals]
-    return fedgin.load_hospitals(config, Ranks(names, timeout=60))[config.seeds[0]]
+    ranks = Ranks(fedgin.hospital_names(config), timeout=60)
+    return fedgin.load_hospitals(config, ranks)[config.seeds[0]]
 
 
 def ellipsoid(shape: tuple[int, ...], centre, radii) -> np.ndarray:

@@ -13,6 +13,7 @@ import time
 
 import torch
 
+import fedgin
 from benchmarks.compare import device_argument, in_processes, phantom_hospitals, report, settings
 from data import patches
 from evaluate import mixed_precision
@@ -23,8 +24,6 @@ ROUNDS = 3
 
 def prepare(hospitals: int, device_name: str):
     """The model and a function that trains it at hospital k in a round: the same for both sides."""
-    import fedgin
-
     config = settings("--sites", str(hospitals // 2), "--scenario", "complete")
     cases = [hospital.train for hospital in phantom_hospitals(config)]
     device = torch.device(device_name)

@@ -134,9 +134,8 @@ def predictions(run: Path, path: Path) -> None:
     """A test case of each modality: scan, truth, and what each arm of the first seed predicts."""
     config = read_config(run)
     seed, device = config.seeds[0], torch.device("cpu")
-    names = [name for place in fedgin.places(config) for name in place.hospitals]
-    hospitals = fedgin.load_hospitals(config, Ranks(names, 60))[seed]
-    suffix = f"-seed{seed}" if len(config.seeds) > 1 else ""
+    ranks = Ranks(fedgin.hospital_names(config), timeout=60)
+    hospitals = fedgin.load_hospitals(config, ranks)[seed]
     arms = [label for label in fedgin.run_labels(config) if " " not in label]
     arms += [label for label in fedgin.run_labels(config) if label.endswith(config.ratios[-1])]
     cases = {}
@@ -154,8 +153,8 @@ def predictions(run: Path, path: Path) -> None:
         show(row[0], case.image[:, :, z], f"{modality.upper()} {case.id}")
         overlay(row[1], case, case.labels, z, "truth")
         for axis, label in zip(row[2:], dict.fromkeys(arms), strict=True):
-            name = label.replace(":", "-").replace(" ", "-") + suffix
-            model, needs = evaluate.load_model(run / f"{name}.pt", device)
+            checkpoint = run / fedgin.checkpoint_path(config, label, seed).name
+            model, needs = evaluate.load_model(checkpoint, device)
             labels = evaluate.segment(model, case.image, needs["patch"], case.labels.shape, device)
             overlay(axis, case, labels, z, label)
     colours = ORGAN_COLOURS[1 : len(config.organs) + 1]

@@ -31,8 +31,7 @@ def config(*words):
 
 def hospitals(seed, *words):
     settings = config("--seeds", seed, *words)
-    names = [name for place in fedgin.places(settings) for name in place.hospitals]
-    return fedgin.load_hospitals(settings, Ranks(names, 1))[seed]
+    return fedgin.load_hospitals(settings, Ranks(fedgin.hospital_names(settings), 1))[seed]
 
 
 @pytest.fixture(scope="module")
