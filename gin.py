@@ -83,17 +83,17 @@ class GIN(nn.Module):
 def _random_network(h: Tensor, channels: list, kernel_sizes: tuple, generator) -> Tensor:
     """Send each image of (B, C, *space) through random convolutions and LeakyReLUs of its own."""
     batch, space = len(h), h.shape[2:]
+    # The images side by side as channels of one image, each in a group of its own: one call a
+    # layer, and no kernel ever sees two images. On the CPU channels-last is the faster layout.
+    h = h.reshape(1, batch * channels[0], *space)
+    if h.device.type == "cpu" and len(space) > 1:
+        h = h.contiguous(memory_format=CHANNELS_LAST[len(space)])
     for layer, (c_in, c_out) in enumerate(itertools.pairwise(channels)):
         k = kernel_sizes[int(_draw(torch.randint, (1,), "cpu", generator, len(kernel_sizes)))]
         kernels = _draw(torch.randn, (batch * c_out, c_in) + (k,) * len(space), h.device, generator)
         biases = _draw(torch.randn, (batch * c_out,), h.device, generator)
         if layer > 0:
             h = F.leaky_relu_(h, 0.01)
-        # The images side by side as channels of one image, each in a group of its own: one call,
-        # and no kernel ever sees two images. On the CPU channels-last is the faster layout for it.
-        h = h.reshape(1, batch * c_in, *space)
-        if h.device.type == "cpu" and len(space) > 1:
-            h = h.contiguous(memory_format=CHANNELS_LAST[len(space)])
         h = CONVOLUTION[len(space)](h, kernels, biases, padding=k // 2, groups=batch)
     return h.reshape(batch, channels[-1], *space).contiguous()
 
