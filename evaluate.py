@@ -282,14 +282,15 @@ def _markdown(rows: list[list[str]]) -> str:
 # stands alone.
 
 
-def segment(model, image: np.ndarray, patch: int, size: Sequence[int], device) -> np.ndarray:
+def segment(model, image: np.ndarray, patch: int, size: Sequence[int]) -> np.ndarray:
     """Label map of a normalized image (D, H, W), brought from the model's grid to `size` voxels.
 
-    The model runs on `device`, in mixed precision where that pays; the logits are put together
+    The model runs where it is, in mixed precision where that pays; the logits are put together
     there as well if its free memory holds them, and on the CPU otherwise.
     """
     from data import resample_labels
 
+    device = next(model.parameters()).device
     cuda = device.type == "cuda"
     fits = cuda and torch.cuda.mem_get_info(device)[0] > 20 * image.nbytes
     volume = torch.tensor(image)[None].to(device if fits else "cpu")
@@ -355,7 +356,7 @@ def find_scans(paths: Sequence[str], modality: str | None, layout: str | None) -
     return scans
 
 
-def predict(case, model, needs: dict, out: Path, device, tolerance: float) -> dict[str, dict]:
+def predict(case, model, needs: dict, out: Path, tolerance: float) -> dict[str, dict]:
     """Write the label map of a scan to out/ID.nii.gz on the scan's own grid; return its scores."""
     from data import read_nifti, read_usable, to_model_grid, to_scan_grid, write_nifti
 
@@ -364,7 +365,7 @@ def predict(case, model, needs: dict, out: Path, device, tolerance: float) -> di
     else:
         scan, truth = read_nifti(case.image), None
     image = to_model_grid(scan, case.modality, needs["spacing"])
-    labels = segment(model, image, needs["patch"], scan.voxels.shape, device)
+    labels = segment(model, image, needs["patch"], scan.voxels.shape)
     write_nifti(out / f"{case.id}.nii.gz", to_scan_grid(labels, scan), scan)
     if truth is None:
         return {}
@@ -407,7 +408,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     results, failed = [], 0
     for case in tqdm(scans.values(), desc="segmenting", unit="scan"):
         try:
-            scores = predict(case, model, needs, words.out, device, words.nsd_tolerance)
+            scores = predict(case, model, needs, words.out, words.nsd_tolerance)
         except (DataError, OSError) as error:
             tqdm.write(f"evaluate.py: {error}", file=sys.stderr)
             failed += 1

@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -21,7 +22,8 @@ import platform
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +36,7 @@ from tqdm import tqdm
 import data
 import evaluate
 import phantom
-from data import Case, DataError, Volume
+from data import DataError, Volume
 from federated import RankError, Ranks, federated_rounds, train_locally
 from gin import GIN
 from unet3d import UNet3D
@@ -112,6 +114,9 @@ class Config:
     resume: bool = flag(False, "go on with the run in --out where it stopped, if there is one")
 
 
+# --------------------------------------------------------------------------------------- who trains
+
+
 class Hospital(NamedTuple):
     name: str
     modality: str
@@ -124,21 +129,49 @@ class Hospital(NamedTuple):
 class Client(NamedTuple):
     """Who trains: a hospital with the cases that the scenario gives it, or all hospitals pooled."""
 
-    cases: Sequence[Volume]
+    cases: list[Volume]
     steps: int  # batches a round
     here: bool = True
 
 
+def choose_clients(config: Config, label: str, hospitals: Sequence[Hospital]) -> dict[str, Client]:
+    """Who trains in an arm, and on which cases; label: the arm and, behind a space, its ratio.
+
+    In the limited scenario few MRI cases take part, and as many CT cases as the ratio says. Raises
+    DataError if one of the arm's modalities has no training case, or if cases to be pooled lie with
+    several ranks.
+    """
+    name, _, ratio = label.partition(" ")
+    arm, limit = ARMS[name], {"mri": math.inf, "ct": math.inf}
+    if config.scenario == "limited":
+        there = sum(len(h.train) for h in hospitals if h.modality == "mri")
+        limit["mri"] = min(config.mri_cases, there or math.inf)
+        limit["ct"] = limit["mri"] * RATIOS[ratio or config.ratios[0]]
+    clients: dict[str, Client] = {}
+    for modality in arm.modalities:
+        holders = [h for h in hospitals if h.modality == modality]
+        # In turns, so that a small share of the cases still comes from every hospital.
+        turns = sorted((i, k) for k, h in enumerate(holders) for i in range(len(h.train)))
+        if not turns:
+            raise DataError(
+                f"arm {name} needs {modality.upper()} training cases and there are none; give "
+                f"folders with --{modality} or choose other --arms"
+            )
+        for i, k in turns[: int(min(limit[modality], len(turns)))]:
+            newcomer = Client([], config.local_steps, holders[k].here)
+            clients.setdefault(holders[k].name, newcomer).cases.append(holders[k].train[i])
+    if not arm.pooled:
+        return clients
+    if not all(client.here for client in clients.values()):
+        raise DataError(
+            f"arm {name} pools the scans of all hospitals in one place, and these lie with several "
+            "ranks; choose other --arms, or run it in one process"
+        )
+    pool = [case for client in clients.values() for case in client.cases]
+    return {"pooled": Client(pool, config.local_steps * len(clients))}
+
+
 # -------------------------------------------------------------------------------- training an arm
-
-
-def make_model(config: Config, seed: int, device: torch.device) -> nn.Module:
-    """The U-Net with the initial weights that all arms of a seed start from."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = UNet3D(1, len(config.organs) + 1, config.width, config.depth)
-    model.to(device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-    return model
 
 
 def train_arm(
@@ -194,6 +227,15 @@ def generator(*key) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
+def make_model(config: Config, seed: int, device: torch.device) -> nn.Module:
+    """The U-Net with the initial weights that all arms of a seed start from."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = UNet3D(1, len(config.organs) + 1, config.width, config.depth)
+    model.to(device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    return model
+
+
 def segmentation_loss(cases: Sequence[Volume], config: Config, device: torch.device):
     """Cross-entropy + soft Dice over the organs: (logits, (labels, labelled)) → scalar.
 
@@ -227,33 +269,33 @@ def segmentation_loss(cases: Sequence[Volume], config: Config, device: torch.dev
     return loss
 
 
-# ---------------------------------------------------------------------------- validation and tests
+# --------------------------------------------------------------------------- validation and tests
 
 
-def validate(config: Config, model: nn.Module, hospitals, modalities, device, ranks) -> dict:
+def validate(config: Config, model: nn.Module, hospitals, modalities, ranks) -> dict[str, float]:
     """{modality: mean Dice of all hospitals' validation cases}, on the model's grid.
 
     Training cases stand in at a hospital that has no validation case.
     """
-    sums = torch.zeros(2, len(modalities), len(config.organs), dtype=torch.float64)
+    total, cases = torch.zeros(2, len(modalities), len(config.organs), dtype=torch.float64)
     for hospital in hospitals:
         if not hospital.here or hospital.modality not in modalities:
             continue
+        row = modalities.index(hospital.modality)
         for case in hospital.val or hospital.train:
             stop_if_asked()
             truth = case.labels
-            pred = evaluate.segment(model, case.image, config.patch, truth.shape, device)
-            for n in range(1, len(config.organs) + 1):
-                score = evaluate.dice(pred == n, truth == n) if case.labelled[n] else math.nan
-                if not math.isnan(score):
-                    row = modalities.index(hospital.modality), n - 1
-                    sums[(slice(None), *row)] += torch.tensor([score, 1], dtype=torch.float64)
-    total, cases = ranks.add_up(sums)
-    by_organ = (total / cases).tolist()  # NaN where no case has the organ
-    return {m: evaluate.mean(by_organ[row]) for row, m in enumerate(modalities)}
+            pred = evaluate.segment(model, case.image, config.patch, truth.shape)
+            for n in range(len(config.organs)):
+                dice = evaluate.dice(pred == n + 1, truth == n + 1)
+                if case.labelled[n + 1] and not math.isnan(dice):
+                    total[row, n] += dice
+                    cases[row, n] += 1
+    by_organ = ranks.add_up(total) / ranks.add_up(cases)  # NaN where no case has the organ
+    return {m: evaluate.mean(row.tolist()) for m, row in zip(modalities, by_organ, strict=True)}
 
 
-def test(config: Config, model: nn.Module, hospitals: Sequence[Hospital], device) -> list[dict]:
+def test(config: Config, model: nn.Module, hospitals: Sequence[Hospital]) -> list[dict]:
     """Scores by organ of every test case, on the scan's own grid."""
     results = []
     for hospital in hospitals:
@@ -264,7 +306,7 @@ def test(config: Config, model: nn.Module, hospitals: Sequence[Hospital], device
             if case.case:
                 scan, truth = data.read_usable(case.case, config.organs)
                 spacing, modality = scan.spacing, case.case.modality
-            pred = evaluate.segment(model, case.image, config.patch, truth.shape, device)
+            pred = evaluate.segment(model, case.image, config.patch, truth.shape)
             scores = evaluate.score_case(
                 pred, truth, config.organs, spacing, config.nsd_tolerance, case.labelled
             )
@@ -273,171 +315,7 @@ def test(config: Config, model: nn.Module, hospitals: Sequence[Hospital], device
     return results
 
 
-# ---------------------------------------------------------------------------- hospitals and clients
-
-
-class Place(NamedTuple):
-    """What --ct, --mri or --test names: a folder, or on phantoms a modality."""
-
-    folder: str
-    modality: str  # "" for --test, where a folder may hold both
-    hospitals: list[str]  # their names: one, or as many as --sites says where it is trained on
-
-
-def places(config: Config) -> list[Place]:
-    """MRI first, --test last. Ranks divide the hospitals by this order."""
-    found = [(folder, m) for m in ("mri", "ct") for folder in getattr(config, m)]
-    found = [(m, m) for m in ("mri", "ct")] if on_phantoms(config) else found
-    found += [(folder, "") for folder in config.test]
-    names = [os.path.basename(os.path.abspath(folder)) for folder, _ in found]
-    names = [n if names.count(n) == 1 else f"{n}-{i}" for i, n in enumerate(names, start=1)]
-    sites = [f"-{i + 1}" for i in range(config.sites)] if config.sites > 1 else [""]
-    return [
-        Place(folder, modality, [name + site for site in (sites if modality else [""])])
-        for name, (folder, modality) in zip(names, found, strict=True)
-    ]
-
-
-def hospital_names(config: Config) -> list[str]:
-    return [name for place in places(config) for name in place.hospitals]
-
-
-def our_places(config: Config, ranks: Ranks) -> list[Place]:
-    """Those with a hospital that this rank works for; no other folder is opened."""
-    return [place for place in places(config) if set(place.hospitals) & set(ranks.ours())]
-
-
-def load_hospitals(config: Config, ranks: Ranks) -> dict[int, list[Hospital]]:
-    """All hospitals, by seed; of those that other ranks work for, only how many cases they have."""
-    load = phantom_hospitals if on_phantoms(config) else scan_hospitals
-    modality = {name: place.modality for place in places(config) for name in place.hospitals}
-    hospitals: dict[int, list[Hospital]] = {}
-    for seed, ours in load(config, ranks).items():
-        there = {hospital.name: hospital for hospital in ours}
-        counts = [len(there[name].train) if name in there else 0 for name in ranks.hospitals]
-        total = ranks.add_up(torch.tensor(counts)).tolist()
-        hospitals[seed] = [
-            there.get(name, Hospital(name, modality[name], range(n), (), (), here=False))
-            for name, n in zip(ranks.hospitals, total, strict=True)
-        ]
-    return hospitals
-
-
-def phantom_hospitals(config: Config, ranks: Ranks) -> dict[int, list[Hospital]]:
-    """Hospitals of this rank that hold phantoms, by seed."""
-    everything = np.ones(len(config.organs) + 1, dtype=bool)
-    new_label = np.zeros(len(phantom.ORGANS) + 1, dtype=np.uint8)
-    for label, organ in enumerate(config.organs, start=1):
-        new_label[phantom.ORGANS.index(organ) + 1] = label
-
-    def case(seed: int, modality: str, index: int) -> Volume:
-        image, labels = phantom.phantom(seed, modality, index)
-        image, labels = data.normalize(image, modality), new_label[labels]
-        return data.make_volume(f"phantom{index:02d}", image, labels, everything)
-
-    return {
-        seed: [
-            hospital
-            for place in our_places(config, ranks)
-            for hospital in into_hospitals(
-                place,
-                {p: [case(seed, place.modality, i) for i in part] for p, part in PHANTOMS.items()},
-                ranks,
-            )
-        ]
-        for seed in config.seeds
-    }
-
-
-def scan_hospitals(config: Config, ranks: Ranks) -> dict[int, list[Hospital]]:
-    """Hospitals of this rank with their scans, by seed; every scan is read once."""
-    layout = config.layout or None
-    found = [
-        (place, data.find_cases(place.folder, place.modality or None, layout))
-        for place in our_places(config, ranks)
-    ]
-    check_labels(config, found, ranks)
-    cases = [case for _, group in found for case in group]
-    scans = [case.image.resolve() for case in cases]
-    if len(set(scans)) < len(scans):
-        twice = next(scan for scan in scans if scans.count(scan) > 1)
-        raise DataError(f"{twice}: is in two of the folders given; a scan has one role only")
-    cache = None if config.no_cache else Path(config.cache)
-    volumes, left_out = data.load_cases(
-        cases, config.organs, config.spacing, cache, config.skip_bad
-    )
-    for trouble in left_out:
-        print(f"left out: {trouble}")
-    hospitals: dict[int, list[Hospital]] = {seed: [] for seed in config.seeds}
-    for seed in config.seeds:
-        for place, group in found:
-            usable = [case for case in group if case.image in volumes]
-            parts = {"train": [], "val": [], "test": usable}
-            if place.modality:
-                parts = data.split_cases(usable, seed, test_elsewhere=bool(config.test))
-            loaded = {part: [volumes[case.image] for case in parts[part]] for part in PHANTOMS}
-            hospitals[seed] += into_hospitals(place, loaded, ranks)
-    return hospitals
-
-
-def check_labels(config: Config, found: list[tuple[Place, list[Case]]], ranks: Ranks) -> None:
-    """data.check_organs of all folders, those of other ranks too."""
-    masks = {place.folder: set().union(*(case.masks for case in group)) for place, group in found}
-    folders = [place.folder for place in places(config)]
-    table = torch.tensor([[o in masks.get(f, ()) for o in data.ORGANS] for f in folders]).int()
-    rows = zip(folders, ranks.add_up(table).tolist(), strict=True)
-    labelled = {f: {o for o, n in zip(data.ORGANS, row, strict=True) if n} for f, row in rows}
-    data.check_organs(labelled, config.organs, config.partial_labels)
-
-
-def into_hospitals(place: Place, parts: dict[str, list], ranks: Ranks) -> list[Hospital]:
-    """Deal the cases of a place out to its hospitals; keep those that this rank works for."""
-    sites = len(place.hospitals)
-    if sites > 1 and len(parts["train"]) < sites:
-        raise DataError(
-            f"--sites {sites}: {place.folder} has {len(parts['train'])} training cases, too few"
-        )
-    train, val, test = ([cases[i::sites] for i in range(sites)] for cases in parts.values())
-    dealt = map(Hospital, place.hospitals, [place.modality] * sites, train, val, test)
-    return [hospital for hospital in dealt if hospital.name in ranks.ours()]
-
-
-def choose_clients(config: Config, label: str, hospitals: Sequence[Hospital]) -> dict[str, Client]:
-    """Who trains in an arm; raises DataError if one of its modalities has no training case.
-
-    label: the arm and, behind a space, the ratio at which CT is added to few MRI cases.
-    """
-    name, _, ratio = label.partition(" ")
-    arm, wanted = ARMS[name], {"mri": math.inf, "ct": math.inf}
-    if config.scenario == "limited":
-        there = sum(len(h.train) for h in hospitals if h.modality == "mri")
-        n_mri = min(config.mri_cases, there or math.inf)
-        wanted = {"mri": n_mri, "ct": n_mri * RATIOS[ratio or config.ratios[0]]}
-    chosen: dict[str, list[Volume]] = {}
-    here = {hospital.name: hospital.here for hospital in hospitals}
-    for modality in arm.modalities:
-        holders = [h for h in hospitals if h.modality == modality and h.train]
-        if not holders or not wanted[modality]:
-            raise DataError(
-                f"arm {name} needs {modality.upper()} training cases and there are none; give "
-                f"folders with --{modality} or choose other --arms"
-            )
-        # In turns, so that a small share of the cases still comes from every hospital.
-        turns = sorted((i, h) for h, holder in enumerate(holders) for i in range(len(holder.train)))
-        for i, h in turns[: int(min(wanted[modality], len(turns)))]:
-            chosen.setdefault(holders[h].name, []).append(holders[h].train[i])
-    if arm.pooled and not all(here[name] for name in chosen):
-        raise DataError(
-            f"arm {name} pools the scans of all hospitals in one place, and these lie with several "
-            "ranks; choose other --arms, or run it in one process"
-        )
-    if arm.pooled:
-        pool = [case for cases in chosen.values() for case in cases]
-        return {"pooled": Client(pool, config.local_steps * len(chosen))}
-    return {n: Client(cases, config.local_steps, here[n]) for n, cases in chosen.items()}
-
-
-# -------------------------------------------------------------------------------------- the command
+# ------------------------------------------------------------------------------------ a whole run
 
 
 def run(config: Config) -> None:
@@ -476,12 +354,14 @@ def run(config: Config) -> None:
 def go_through(plan, config: Config, hospitals, device, ranks: Ranks) -> dict:
     """Train and test what the run in config.out has not yet; return what results.json holds."""
     done, state = open_run(config, hospitals, ranks)
+    finished = ranks.gather(done["finished"])[0]
     for seed, label, clients in plan:
-        if ranks.add_up(torch.tensor([seed, label] in done["finished"]).int()):
+        if [seed, label] in finished:
             continue
         try:
-            model = fit(config, label, clients, hospitals[seed], seed, device, state, ranks)
-            scores = everyones(test(config, model, hospitals[seed], device), config, ranks)
+            model = make_model(config, seed, device)
+            fit(model, config, label, seed, clients, hospitals[seed], state, ranks)
+            scores = everyones(test(config, model, hospitals[seed]), ranks)
             done["results"] += [{"seed": seed, "arm": label, **score} for score in scores]
             done["finished"].append([seed, label])
             if ranks.rank == 0:
@@ -491,36 +371,23 @@ def go_through(plan, config: Config, hospitals, device, ranks: Ranks) -> dict:
     return done
 
 
-def write_report(config: Config, done: dict) -> str:
-    """Write the tables to results.md and remove what only an unfinished run needs."""
-    out = Path(config.out)
-    summary = evaluate.summarize(done["results"], config.organs)
-    tables = evaluate.table(summary, config.organs)
-    report = "\n\n".join([title(config), tables, in_words(summary)])
-    write(out / "results.md", f"{report}\n".encode())
-    (out / "checkpoint.pt").unlink(missing_ok=True)
-    return report
-
-
-def fit(config, label: str, clients, hospitals, seed: int, device, state: dict, ranks) -> nn.Module:
-    """Train an arm behind a progress bar; return the model of the best validation Dice, saved.
+def fit(model, config: Config, label, seed, clients, hospitals, state: dict, ranks: Ranks) -> None:
+    """Train an arm behind a progress bar; leave model with the weights of the best validation Dice.
 
     state is what the last checkpoint held. It is brought up to date and saved after every round, so
     that an arm goes on in the round in which it stopped.
     """
-    arm, out = ARMS[label.split(maxsplit=1)[0]], Path(config.out)
-    model = make_model(config, seed, device)
+    arm, out = ARMS[label.split()[0]], Path(config.out)
     if (state.get("seed"), state.get("arm")) == (seed, label):
         model.load_state_dict(state["weights"])
     else:
         state |= {"seed": seed, "arm": label, "round": 0, "best": {"val_dice": -math.inf}}
     model.load_state_dict(ranks.first(model.state_dict()))
-    start = int(ranks.add_up(torch.tensor(state["round"] if ranks.rank == 0 else 0)))
-    title = f"{label}, seed {seed}"
-    off = ranks.rank > 0
-    with tqdm(total=config.rounds, initial=start, desc=title, unit="round", disable=off) as bar:
+    start = ranks.gather(state["round"])[0]
+    looks = {"desc": f"{label}, seed {seed}", "unit": "round", "disable": ranks.rank > 0}
+    with tqdm(total=config.rounds, initial=start, **looks) as bar:
         for round_, loss in train_arm(config, arm, clients, seed, model, start, ranks):
-            dice = validate(config, model, hospitals, arm.modalities, device, ranks)
+            dice = validate(config, model, hospitals, arm.modalities, ranks)
             mean = sum(dice.values()) / len(dice)
             mean = -1.0 if math.isnan(mean) else mean  # no organ in any validation case
             weights = {key: w.cpu().clone() for key, w in model.state_dict().items()}
@@ -538,42 +405,15 @@ def fit(config, label: str, clients, hospitals, seed: int, device, state: dict, 
     about = {"format": FORMAT, "arm": label, "seed": seed, "model": model_needs(config)}
     if ranks.rank == 0:
         save(checkpoint_path(config, label, seed), {**state["best"], **about})
-    return model
 
 
-def checkpoint_path(config: Config, label: str, seed: int) -> Path:
-    """Where the trained model of an arm is kept."""
-    name = label.replace(":", "-").replace(" ", "-") + f"-seed{seed}" * (len(config.seeds) > 1)
-    return Path(config.out) / f"{name}.pt"
-
-
-def everyones(scores: list[dict], config: Config, ranks: Ranks) -> list[dict]:
-    """The test scores of all ranks. Only numbers pass between them, so cases lose their names."""
+def everyones(scores: list[dict], ranks: Ranks) -> list[dict]:
+    """The test scores of all ranks; where there are several, a case's name stays with its rank."""
     if ranks.size == 1:
         return scores
-    counts = torch.zeros(ranks.size, dtype=torch.int64)
-    counts[ranks.rank] = len(scores)
-    first = int(ranks.add_up(counts)[: ranks.rank].sum())
-    table = torch.zeros(int(counts.sum()), 2 + 4 * len(config.organs), dtype=torch.float64)
-    for row, score in enumerate(scores, start=first):
-        numbers = [ranks.hospitals.index(score["hospital"]), score["modality"] == "ct"]
-        for s in score["scores"].values():
-            numbers += [
-                evaluate.OUTCOMES.index(s["outcome"]),
-                *(s.get(m, math.nan) for m in evaluate.METRICS),
-            ]
-        table[row] = torch.tensor(numbers, dtype=torch.float64)
-    shared = []
-    for n, (hospital, ct, *numbers) in enumerate(ranks.add_up(table).tolist()):
-        where = {"hospital": ranks.hospitals[int(hospital)], "modality": ("mri", "ct")[int(ct)]}
-        by_organ = zip(config.organs, zip(*[iter(numbers)] * 4, strict=True), strict=True)
-        found = {
-            organ: {"outcome": evaluate.OUTCOMES[int(outcome)]}
-            | {m: v for m, v in zip(evaluate.METRICS, values, strict=True) if not math.isnan(v)}
-            for organ, (outcome, *values) in by_organ
-        }
-        shared.append({**where, "case": f"case {n}", "scores": found})
-    return shared
+    nameless = [{**score, "case": None} for score in scores]
+    everyone = [score for part in ranks.gather(nameless) for score in part]
+    return [{**score, "case": f"case {n}"} for n, score in enumerate(everyone)]
 
 
 def choose_device() -> torch.device:
@@ -583,13 +423,161 @@ def choose_device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
 
 
+def checkpoint_path(config: Config, label: str, seed: int) -> Path:
+    """Where the trained model of an arm is kept."""
+    name = label.replace(":", "-").replace(" ", "-") + f"-seed{seed}" * (len(config.seeds) > 1)
+    return Path(config.out) / f"{name}.pt"
+
+
+def run_labels(config: Config) -> list[str]:
+    """The arms to run; the ratio stands behind those that differ by it, if there are several."""
+    if config.scenario == "complete" or len(config.ratios) == 1:
+        return list(config.arms)
+    return [
+        f"{name} {ratio}".strip()
+        for name in config.arms
+        for ratio in (config.ratios if "ct" in ARMS[name].modalities else [""])
+    ]
+
+
+def model_needs(config: Config) -> dict:
+    """What evaluate.py must know to use the weights on a new scan."""
+    spacing = phantom.SPACING if on_phantoms(config) else config.spacing
+    needs = {"organs": config.organs, "spacing": spacing, "normalization": data.NORMALIZATION}
+    return needs | {key: getattr(config, key) for key in ("patch", "width", "depth")}
+
+
+def write_report(config: Config, done: dict) -> str:
+    """Write the tables to results.md and remove what only an unfinished run needs."""
+    out = Path(config.out)
+    summary = evaluate.summarize(done["results"], config.organs)
+    tables = evaluate.table(summary, config.organs)
+    report = "\n\n".join([title(config), tables, in_words(summary)])
+    write(out / "results.md", f"{report}\n".encode())
+    (out / "checkpoint.pt").unlink(missing_ok=True)
+    return report
+
+
+# -------------------------------------------------------------------------------------- hospitals
+
+
+class Place(NamedTuple):
+    """What --ct, --mri or --test names: a folder, or on phantoms a modality."""
+
+    folder: str
+    modality: str  # "" for --test, where a folder may hold both
+    hospitals: tuple[str, ...]  # their names: one, or as many as --sites says if it is trained on
+
+
+def places(config: Config) -> list[Place]:
+    """MRI first, --test last. Ranks divide the hospitals by this order."""
+    found = [(folder, m) for m in ("mri", "ct") for folder in getattr(config, m)]
+    found = [(m, m) for m in ("mri", "ct")] if on_phantoms(config) else found
+    found += [(folder, "") for folder in config.test]
+    names = [os.path.basename(os.path.abspath(folder)) for folder, _ in found]
+    names = [n if names.count(n) == 1 else f"{n}-{i}" for i, n in enumerate(names, start=1)]
+    sites = [f"-{i + 1}" for i in range(config.sites)] if config.sites > 1 else [""]
+    return [
+        Place(folder, modality, tuple(name + site for site in (sites if modality else [""])))
+        for name, (folder, modality) in zip(names, found, strict=True)
+    ]
+
+
+def hospital_names(config: Config) -> list[str]:
+    return [name for place in places(config) for name in place.hospitals]
+
+
+def on_phantoms(config: Config) -> bool:
+    return not (config.ct or config.mri)
+
+
+def load_hospitals(config: Config, ranks: Ranks) -> dict[int, list[Hospital]]:
+    """All hospitals, by seed; of those that other ranks work for, only how many cases they have."""
+    ours = [place for place in places(config) if set(place.hospitals) & set(ranks.ours())]
+    cases_of = phantom_cases if on_phantoms(config) else scan_cases
+    parts, hospitals = cases_of(config, ours, ranks), {}
+    for seed in config.seeds:
+        there = {h.name: h for place in ours for h in deal_out(parts(place, seed), place)}
+        mine = {name: len(there[name].train) for name in ranks.ours()}
+        counts = {name: n for part in ranks.gather(mine) for name, n in part.items()}
+        hospitals[seed] = [
+            there[name]
+            if name in mine
+            else Hospital(name, place.modality, range(counts[name]), (), (), here=False)
+            for place in places(config)
+            for name in place.hospitals
+        ]
+    return hospitals
+
+
+def deal_out(parts: dict[str, list], place: Place) -> list[Hospital]:
+    """Divide the cases of a place among its hospitals."""
+    sites, (train, val, test) = len(place.hospitals), (parts[part] for part in PHANTOMS)
+    if 1 < sites > len(train):
+        raise DataError(f"--sites {sites}: {place.folder} has {len(train)} training cases, too few")
+    return [
+        Hospital(name, place.modality, train[i::sites], val[i::sites], test[i::sites])
+        for i, name in enumerate(place.hospitals)
+    ]
+
+
+def phantom_cases(config: Config, ours: list[Place], ranks: Ranks) -> Callable[[Place, int], dict]:
+    """A function (place, seed) → {"train": volumes, "val": …, "test": …}."""
+    organs = config.organs
+    everything = np.ones(len(organs) + 1, dtype=bool)
+    label = [0] + [organs.index(o) + 1 if o in organs else 0 for o in phantom.ORGANS]
+
+    def volume(seed: int, modality: str, index: int) -> Volume:
+        image, labels = phantom.phantom(seed, modality, index)
+        image, labels = data.normalize(image, modality), np.array(label, dtype=np.uint8)[labels]
+        return data.make_volume(f"phantom{index:02d}", image, labels, everything)
+
+    return lambda place, seed: {
+        part: [volume(seed, place.modality, index) for index in indices]
+        for part, indices in PHANTOMS.items()
+    }
+
+
+def scan_cases(config: Config, ours: list[Place], ranks: Ranks) -> Callable[[Place, int], dict]:
+    """The same for folders, whose scans are all read here, once."""
+    layout = config.layout or None
+    cases = {p: data.find_cases(p.folder, p.modality or None, layout) for p in ours}
+    masks = {p.folder: sorted(set().union(*(c.masks for c in group))) for p, group in cases.items()}
+    labelled = {f: set(organs) for part in ranks.gather(masks) for f, organs in part.items()}
+    data.check_organs(labelled, config.organs, config.partial_labels)
+    everything = [case for group in cases.values() for case in group]
+    for scan, n in Counter(case.image.resolve() for case in everything).items():
+        if n > 1:
+            raise DataError(f"{scan}: is in two of the folders given; a scan has one role only")
+    cache = None if config.no_cache else Path(config.cache)
+    volumes, left_out = data.load_cases(
+        everything, config.organs, config.spacing, cache, config.skip_bad
+    )
+    for trouble in left_out:
+        print(f"left out: {trouble}")
+
+    def parts(place: Place, seed: int) -> dict[str, list]:
+        usable = [case for case in cases[place] if case.image in volumes]
+        split = {"train": [], "val": [], "test": usable}
+        if place.modality:
+            split = data.split_cases(usable, seed, test_elsewhere=bool(config.test))
+        return {part: [volumes[case.image] for case in group] for part, group in split.items()}
+
+    return parts
+
+
+# ------------------------------------------------------------------------------- what keeps a run
+
+
 def check_alike(config: Config, ranks: Ranks) -> None:
-    """Raise DataError if another rank was started with other settings."""
+    """Raise DataError if a rank was started with other settings than rank 0."""
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in OWN_TO_A_START}
-    digest = int.from_bytes(hashlib.sha256(repr(settings).encode()).digest()[:4], "little")
-    if ranks.add_up(torch.tensor(digest)).item() != digest * ranks.size:
+    first, *others = ranks.gather(settings)
+    differ = [key for key in first if any(other.get(key) != first[key] for other in others)]
+    if differ:
         raise DataError(
-            "ranks were started with different flags; only --out, --cache and --timeout may differ"
+            f"ranks were started with different {', '.join(differ)}; only --out, --cache and "
+            "--timeout may differ"
         )
 
 
@@ -602,16 +590,26 @@ def open_run(config: Config, hospitals: dict[int, list[Hospital]], ranks: Ranks)
     out, differ = Path(config.out), []
     done: dict = {"finished": [], "results": []}
     state: dict = {"history": []}
+    about = {
+        out / f"hospitals/{n}.json": about_hospital(n, hospitals, config) for n in ranks.ours()
+    }
     if ranks.rank == 0:
         versions = {"python": platform.python_version(), "torch": torch.__version__}
-        about = {"format": FORMAT, **dataclasses.asdict(config), "versions": versions}
-        differ = disagreements(out / "config.json", about)
-    for name in ranks.ours():
-        about = about_hospital(name, hospitals, config)
-        differ += disagreements(out / "hospitals" / f"{name}.json", about)
+        settings = {"format": FORMAT, **dataclasses.asdict(config), "versions": versions}
+        about[out / "config.json"] = settings
+    texts = {path: json.dumps(content, indent=1) for path, content in about.items()}
+    for path, text in texts.items():
+        if path.exists():
+            ours, theirs = json.loads(text), json.loads(path.read_text(encoding="utf-8"))
+            differ += [k for k in ours if ours[k] != theirs.get(k) and k not in OWN_TO_A_START]
+    differ = [field for part in ranks.gather(differ) for field in part]
     if differ:
         fields = ", ".join(dict.fromkeys(differ))
         raise DataError(f"{out}: holds a run with other {fields}; choose another --out")
+    (out / "hospitals").mkdir(exist_ok=True)
+    for path, text in texts.items():
+        if not path.exists():
+            write(path, text.encode())
     if ranks.rank == 0 and (out / "results.json").exists():
         done = json.loads((out / "results.json").read_text(encoding="utf-8"))
     if ranks.rank == 0 and (out / "checkpoint.pt").exists():
@@ -619,28 +617,17 @@ def open_run(config: Config, hospitals: dict[int, list[Hospital]], ranks: Ranks)
     return done, state
 
 
-def disagreements(path: Path, ours: dict) -> list[str]:
-    """The keys of which a file from an earlier start holds something else; a new file has none."""
-    ours = json.loads(json.dumps(ours))
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(path, json.dumps(ours, indent=1).encode())
-    theirs = json.loads(path.read_text(encoding="utf-8"))
-    return [k for k, v in ours.items() if theirs.get(k) != v and k not in OWN_TO_A_START]
-
-
 def about_hospital(name: str, hospitals: dict[int, list[Hospital]], config: Config) -> dict:
     """Which case went where, by seed, and what the files of each case were."""
-    [first, *_] = by_seed = [h for group in hospitals.values() for h in group if h.name == name]
-    splits = {
-        seed: {part: [case.id for case in getattr(hospital, part)] for part in PHANTOMS}
-        for seed, hospital in zip(hospitals, by_seed, strict=True)
-    }
-    files = {
-        case.id: [list(stamp[1:]) for stamp in data.fingerprint(case.case, config.organs)]
-        for case in (*first.train, *first.val, *first.test)
-        if case.case
-    }
+    splits, files = {}, {}
+    for seed, group in hospitals.items():
+        [hospital] = [h for h in group if h.name == name]
+        parts = {part: getattr(hospital, part) for part in PHANTOMS}
+        splits[seed] = {part: [case.id for case in cases] for part, cases in parts.items()}
+        for case in itertools.chain(*parts.values()):
+            if case.case and case.id not in files:
+                stamps = data.fingerprint(case.case, config.organs)
+                files[case.id] = [stamp[1:] for stamp in stamps]
     return {"splits": splits, "files": files}
 
 
@@ -692,82 +679,6 @@ def locked(out: Path, ranks: Ranks):
         yield
 
 
-def model_needs(config: Config) -> dict:
-    """What evaluate.py must know to use the weights on a new scan."""
-    spacing = phantom.SPACING if on_phantoms(config) else config.spacing
-    needs = {"organs": config.organs, "spacing": spacing, "normalization": data.NORMALIZATION}
-    return needs | {key: getattr(config, key) for key in ("patch", "width", "depth")}
-
-
-def run_labels(config: Config) -> list[str]:
-    """The arms to run; the ratio stands behind those that differ by it, if there are several."""
-    if config.scenario == "complete" or len(config.ratios) == 1:
-        return list(config.arms)
-    return [
-        f"{name} {ratio}".strip()
-        for name in config.arms
-        for ratio in (config.ratios if "ct" in ARMS[name].modalities else [""])
-    ]
-
-
-def on_phantoms(config: Config) -> bool:
-    return not (config.ct or config.mri)
-
-
-def title(config: Config) -> str:
-    ratios = f", MRI : CT {' '.join(config.ratios)}" if config.scenario == "limited" else ""
-    source = "PHANTOMS (synthetic volumes, not patients)" if on_phantoms(config) else "scans"
-    seeds = " ".join(map(str, config.seeds))
-    return f"## Test scores, {config.scenario} scenario{ratios}, seeds {seeds}: {source}"
-
-
-def in_words(summary: dict) -> str:
-    """FedGIN against FL, the best local arm and centralized+gin: the paper's three comparisons."""
-
-    def against(ours: str, theirs: str, modality: str) -> str:
-        a, b = (summary[arm]["dice", modality][0] for arm in (ours, theirs))
-        change = f" ({a / b - 1:+.0%})" if b > 0 else ""
-        return f"{modality.upper()} Dice {a:.3f} to {theirs}'s {b:.3f}{change}"
-
-    local = [arm for arm in summary if arm.startswith(("mri-only", "ct-only"))]
-    lines = []
-    for ours in (arm for arm in summary if arm.startswith("fedgin")):
-        best_local = {
-            m: max(local, key=lambda arm: summary[arm]["dice", m][0], default="")
-            for m in ("mri", "ct")
-        }
-        ratio = ours.removeprefix("fedgin")
-        for name, theirs in (
-            ("FL", dict.fromkeys(("mri", "ct"), f"fl{ratio}")),
-            ("the best local arm", best_local),
-            ("centralized+gin", dict.fromkeys(("mri", "ct"), f"centralized+gin{ratio}")),
-        ):
-            tested = [m for m in ("mri", "ct") if not math.isnan(summary[ours]["dice", m][0])]
-            if tested and set(theirs.values()) <= summary.keys():
-                words = (against(ours, theirs[m], m) for m in tested)
-                lines.append(f"- {ours} against {name}: {', '.join(words)}")
-    return "\n".join(lines)
-
-
-def describe(config: Config, device: torch.device, ranks: Ranks) -> str:
-    """What this run is, for the reader's eyes: its data first, then every setting."""
-    first = "FedGIN on scans"
-    if on_phantoms(config):
-        first = (
-            "FedGIN on PHANTOMS: without --ct and --mri it trains on synthetic volumes, whose "
-            "figures say nothing about patients"
-        )
-    settings = [
-        f"  {key:16} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
-        for key, value in dataclasses.asdict(config).items()
-        if value != ()
-    ]
-    settings.append(f"  {'device':16} {device}, torch {torch.__version__}")
-    if ranks.size > 1:
-        settings += [f"  {f'rank {r}':16} {', '.join(ranks.ours(r))}" for r in range(ranks.size)]
-    return "\n".join([first, *settings])
-
-
 def write_history(path: Path, rows: list[list]) -> None:
     text = io.StringIO()
     writer = csv.writer(text)
@@ -790,6 +701,59 @@ def write(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+# ------------------------------------------------------------------------------------- the report
+
+
+def title(config: Config) -> str:
+    ratios = f", MRI : CT {' '.join(config.ratios)}" if config.scenario == "limited" else ""
+    source = "PHANTOMS (synthetic volumes, not patients)" if on_phantoms(config) else "scans"
+    seeds = " ".join(map(str, config.seeds))
+    return f"## Test scores, {config.scenario} scenario{ratios}, seeds {seeds}: {source}"
+
+
+def in_words(summary: dict) -> str:
+    """FedGIN against FL, the best local arm and centralized+gin: the paper's three comparisons."""
+    local = [arm for arm in summary if arm.startswith(("mri-only", "ct-only"))]
+    lines = []
+    for ours in (arm for arm in summary if arm.startswith("fedgin")):
+        ratio = ours.removeprefix("fedgin")
+        rivals = {"FL": [f"fl{ratio}"], "the best local arm": local}
+        rivals["centralized+gin"] = [f"centralized+gin{ratio}"]
+        for name, arms in rivals.items():
+            words = []
+            for m in ("mri", "ct"):
+                dice = {arm: summary[arm]["dice", m][0] for arm in (*arms, ours) if arm in summary}
+                a = dice.pop(ours)
+                if dice and not math.isnan(a):
+                    theirs, b = max(dice.items(), key=lambda item: item[1])
+                    change = f" ({a / b - 1:+.0%})" if b > 0 else ""
+                    words.append(f"{m.upper()} Dice {a:.3f} to {theirs}'s {b:.3f}{change}")
+            lines += [f"- {ours} against {name}: {', '.join(words)}"] if words else []
+    return "\n".join(lines)
+
+
+def describe(config: Config, device: torch.device, ranks: Ranks) -> str:
+    """What this run is, for the reader's eyes: its data first, then every setting."""
+    first = "FedGIN on scans"
+    if on_phantoms(config):
+        first = (
+            "FedGIN on PHANTOMS: without --ct and --mri it trains on synthetic volumes, whose "
+            "figures say nothing about patients"
+        )
+    settings = [
+        f"  {key:16} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
+        for key, value in dataclasses.asdict(config).items()
+        if value != ()
+    ]
+    settings.append(f"  {'device':16} {device}, torch {torch.__version__}")
+    if ranks.size > 1:
+        settings += [f"  {f'rank {r}':16} {', '.join(ranks.ours(r))}" for r in range(ranks.size)]
+    return "\n".join([first, *settings])
+
+
+# ------------------------------------------------------------------------------- the command line
 
 
 class Parser(argparse.ArgumentParser):

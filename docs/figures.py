@@ -155,7 +155,7 @@ def predictions(run: Path, path: Path) -> None:
         for axis, label in zip(row[2:], dict.fromkeys(arms), strict=True):
             checkpoint = run / fedgin.checkpoint_path(config, label, seed).name
             model, needs = evaluate.load_model(checkpoint, device)
-            labels = evaluate.segment(model, case.image, needs["patch"], case.labels.shape, device)
+            labels = evaluate.segment(model, case.image, needs["patch"], case.labels.shape)
             overlay(axis, case, labels, z, label)
     colours = ORGAN_COLOURS[1 : len(config.organs) + 1]
     boxes = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours]

@@ -70,7 +70,7 @@ def test_a_checkpoint_gives_the_results_back(phantom_run):
     device = torch.device("cpu")
     model, needs = evaluate.load_model(phantom_run / "fedgin-1-1-seed2.pt", device)
     case = hospitals(2)[0].test[0]
-    labels = evaluate.segment(model, case.image, needs["patch"], case.labels.shape, device)
+    labels = evaluate.segment(model, case.image, needs["patch"], case.labels.shape)
     [saved] = [
         r["scores"]
         for r in json.loads((phantom_run / "results.json").read_text())["results"]
@@ -168,6 +168,17 @@ def test_pooling_other_ranks_scans_is_refused():
     }
     with pytest.raises(fedgin.DataError, match="arm centralized pools the scans"):
         fedgin.choose_clients(config(), "centralized", [mri, elsewhere])
+
+
+def test_ranks_with_other_flags_are_refused():
+    class TwoRanks:
+        def gather(self, value):
+            sent = json.loads(json.dumps(value))
+            return [sent, {**sent, "lr": 1.0, "seeds": [43]}]
+
+    with pytest.raises(fedgin.DataError, match="started with different seeds, lr; only --out"):
+        fedgin.check_alike(config(), TwoRanks())
+    fedgin.check_alike(config("--out", "elsewhere"), Ranks(["mri", "ct"], 1))
 
 
 def test_organs_are_renumbered():

@@ -25,6 +25,9 @@ def test_resume_refuses_other_settings_other_data_and_other_formats(tmp_path, ca
     capsys.readouterr()
     assert command("--out", out, "--resume", "--lr", "1e-3", "--width", "4") == 2
     assert "holds a run with other width, lr;" in capsys.readouterr().err
+    assert command("--out", out, "--resume", "--sites", "2") == 2
+    assert "holds a run with other sites;" in capsys.readouterr().err
+    assert sorted(path.name for path in (out / "hospitals").iterdir()) == ["ct.json", "mri.json"]
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({**config, "format": 0}))
     assert command("--out", out, "--resume") == 2

@@ -382,7 +382,7 @@ def test_predictions_lie_on_the_scans_own_grid(checkpoint, tmp_path, capsys):
         np.testing.assert_allclose(written.affine, source.affine)
         scan = read_nifti(case.image)
         image = data.to_model_grid(scan, "mri", SPACING)
-        labels = evaluate.segment(model, image, 32, scan.voxels.shape, torch.device("cpu"))
+        labels = evaluate.segment(model, image, 32, scan.voxels.shape)
         back = nibabel.as_closest_canonical(written)
         np.testing.assert_array_equal(np.asarray(back.dataobj), labels)
     with (tmp_path / "out/scores.csv").open() as file:
