@@ -12,6 +12,7 @@ modality. Arrays have the axes of canonical NIfTI files: right, anterior, superi
 """
 
 import argparse
+import contextlib
 import csv
 import hashlib
 import json
@@ -69,11 +70,9 @@ ORGAN_OF_NAME = {
     ),
 }
 KNOWN_BAD = {
-    ("totalsegmentator", "s0864"): "is corrupt or has impossible values in some releases",
-    ("totalsegmentator", "s0001"): "is rotated against its labels in some releases",
-    ("totalsegmentator", "s0044"): "is rotated against its labels in some releases",
-    ("totalsegmentator", "s0067"): "is rotated against its labels in some releases",
-    ("amos", "amos_0540"): "has a scale factor that puts its values into the millions",
+    "s0864": "is corrupt or has impossible values in some releases",
+    **dict.fromkeys(["s0001", "s0044", "s0067"], "is rotated against its labels in some releases"),
+    "amos_0540": "has a scale factor that puts its values into the millions",
 }
 
 
@@ -101,10 +100,10 @@ class Case(NamedTuple):
 class Trouble(NamedTuple):
     """Something wrong with a file, and what becomes of its case."""
 
-    file: Path
+    file: str
     what: str
-    then: str
-    usable: bool
+    then: str = "the case cannot be used"
+    usable: bool = False
 
     def __str__(self) -> str:
         return f"{self.file}: {self.what}; {self.then}"
@@ -125,17 +124,17 @@ def find_cases(
     root = Path(folder)
     if not root.is_dir():
         raise DataError(f"{root}: no such folder")
-    looks_like = [name for name, (test, _) in LAYOUTS.items() if test(root)]
-    if len(looks_like) > 1 and layout is None:
-        raise DataError(f"{root}: looks like {' and '.join(looks_like)}; say which with --layout")
-    chosen = layout or next(iter(looks_like), None)
-    cases = LAYOUTS[chosen][1](root) if chosen else []
-    if not cases:
+    finders = {layout: LAYOUTS[layout]} if layout else LAYOUTS
+    found = {name: cases for name, find in finders.items() if (cases := find(root))}
+    if len(found) > 1:
+        raise DataError(f"{root}: looks like {' and '.join(found)}; say which with --layout")
+    if not found:
         raise DataError(
-            f"{root}: no {chosen or 'labelled'} case found; expected sNNNN/ct.nii.gz or "
+            f"{root}: no {layout or 'labelled'} case found; expected sNNNN/ct.nii.gz or "
             "sNNNN/mri.nii.gz (TotalSegmentator), imagesTr/amos_NNNN.nii.gz (AMOS22), or "
             "dataset.json with imagesTr/ and labelsTr/ (nnU-Net raw)"
         )
+    [cases] = found.values()
     kept = [case for case in cases if modality in (None, case.modality)]
     if not kept:
         there = cases[0].modality
@@ -181,6 +180,8 @@ def _find_amos(root: Path) -> list[Case]:
 
 def _find_nnunet(root: Path) -> list[Case]:
     file = root / "dataset.json"
+    if not file.is_file() or _find_amos(root):  # AMOS22's dataset.json has another form
+        return []
     try:
         dataset = json.loads(file.read_text(encoding="utf-8"))
         channels = [str(name).lower() for name in dataset["channel_names"].values()]
@@ -213,22 +214,10 @@ def _find_nnunet(root: Path) -> list[Case]:
     return cases
 
 
-def _is_nnunet(root: Path) -> bool:
-    return (root / "dataset.json").is_file() and not _is_amos(root)
-
-
-def _is_amos(root: Path) -> bool:
-    return any(root.glob("images*/amos_[0-9][0-9][0-9][0-9].nii.gz"))
-
-
-def _is_totalsegmentator(root: Path) -> bool:
-    return any(root.glob("*/ct.nii.gz")) or any(root.glob("*/mri.nii.gz"))
-
-
 LAYOUTS = {
-    "totalsegmentator": (_is_totalsegmentator, _find_totalsegmentator),
-    "amos": (_is_amos, _find_amos),
-    "nnunet": (_is_nnunet, _find_nnunet),
+    "totalsegmentator": _find_totalsegmentator,
+    "amos": _find_amos,
+    "nnunet": _find_nnunet,
 }
 
 
@@ -296,7 +285,7 @@ def read_nifti(path: Path) -> Scan:
     """Read a 3D NIfTI file; raises DataError, naming it, if it cannot be used."""
 
     def refuse(what: str):
-        raise DataError(Trouble(path, what, "the case cannot be used", False))
+        raise DataError(Trouble(str(path), what))
 
     if not path.is_file():
         refuse("missing")
@@ -324,11 +313,11 @@ def _header_troubles(path: Path, file) -> list[Trouble]:
     troubles = []
     if file.ndim > 3:
         what = f"has shape {file.shape}"
-        troubles.append(Trouble(path, what, "axes of length 1 are dropped", True))
+        troubles.append(Trouble(str(path), what, "axes of length 1 are dropped", True))
     (sform, s_code), (qform, q_code) = file.get_sform(coded=True), file.get_qform(coded=True)
     if s_code > 0 and q_code > 0 and _corners_apart(sform, qform, file.shape[:3]):
         what = "its sform and qform put the volume at different places"
-        troubles.append(Trouble(path, what, "the sform is used", True))
+        troubles.append(Trouble(str(path), what, "the sform is used", True))
     return troubles
 
 
@@ -356,24 +345,24 @@ def read_case(case: Case, organs: Sequence[str]) -> tuple[Scan | None, np.ndarra
         if mask is None or scan is None or labels is None:
             continue
         if mask.voxels.shape != scan.voxels.shape:
-            shapes = f"{mask.voxels.shape} voxels, its scan {case.image.name} {scan.voxels.shape}"
-            what = f"has {shapes}"
-            troubles.append(Trouble(path, what, "the case cannot be used", False))
+            ours, theirs = mask.voxels.shape, f"its scan {case.image.name} {scan.voxels.shape}"
+            troubles.append(Trouble(str(path), f"has {ours} voxels, {theirs}"))
         elif _corners_apart(scan.affine, mask.affine, scan.voxels.shape):
             what = f"lies at another place than its scan {case.image.name}, by their affines"
-            troubles.append(Trouble(path, what, "the case cannot be used", False))
+            troubles.append(Trouble(str(path), what))
         else:
             troubles += _label_troubles(case, path, mask.voxels)
             for label, values in wanted:
                 hit = np.isin(np.rint(mask.voxels), values) if values else mask.voxels > 0.5
                 labels[hit] = label
-    if (case.layout, case.id) in KNOWN_BAD:
-        what = f"{case.id} {KNOWN_BAD[case.layout, case.id]}"
-        troubles.append(Trouble(case.image, what, "it is used if nothing else is wrong", True))
+    if case.id in KNOWN_BAD and case.layout in ("totalsegmentator", "amos"):
+        what = f"{case.id} {KNOWN_BAD[case.id]}"
+        troubles.append(Trouble(str(case.image), what, "used if nothing else is wrong", True))
     if not all(trouble.usable for trouble in troubles):
         return scan, None, troubles
     if labels is not None and not labels.any():
-        troubles.append(Trouble(case.image, "has no organ at all", "it is all background", True))
+        what, then = "has no organ at all", "it is all background"
+        troubles.append(Trouble(str(case.image), what, then, True))
     return scan, labels, troubles
 
 
@@ -414,7 +403,7 @@ def _value_troubles(case: Case, scan: Scan) -> list[Trouble]:
         what = f"values {low:g} … {high:g} are no Hounsfield units"
     elif case.modality == "mri" and max(-low, high) > 1e7:
         what = f"values {low:g} … {high:g} are no MRI signal"
-    return [Trouble(case.image, what, "the case cannot be used", False)] if what else []
+    return [Trouble(str(case.image), what)] if what else []
 
 
 def _label_troubles(case: Case, path: Path, mask: np.ndarray) -> list[Trouble]:
@@ -425,7 +414,73 @@ def _label_troubles(case: Case, path: Path, mask: np.ndarray) -> list[Trouble]:
         return []
     listed = ", ".join(map(str, odd[:5])) + (" …" if len(odd) > 5 else "")
     then = "they count as background" if case.values else "values above 0.5 count as organ"
-    return [Trouble(path, f"has labels that the data set does not list: {listed}", then, True)]
+    what = f"has labels that the data set does not list: {listed}"
+    return [Trouble(str(path), what, then, True)]
+
+
+# ------------------------------------------------------------------ the model's grid and the scan's
+
+
+def to_model_grid(scan: Scan, modality: str, spacing: float) -> np.ndarray:
+    """A scan as the model sees it: cubic voxels of `spacing` mm, normalized, float32."""
+    extent = zip(scan.voxels.shape, scan.spacing, strict=True)
+    size = tuple(max(1, round(n * mm / spacing)) for n, mm in extent)
+    return normalize(_resample(torch.from_numpy(scan.voxels), size).numpy(), modality)
+
+
+def normalize(image: np.ndarray, modality: str) -> np.ndarray:
+    """Clip a CT (HU) to a soft-tissue window, an MRI to its percentiles; then mean 0, deviation 1.
+
+    The statistics are the scan's own, so none of another scan's ever enters.
+    """
+    low, high = NORMALIZATION[modality]
+    if modality == "mri":
+        low, high = np.percentile(image, (low, high))
+    image = image.clip(low, high)
+    return ((image - image.mean()) / max(float(image.std()), 1e-6)).astype(np.float32)
+
+
+def resample_labels(scores: Iterator[Tensor] | Tensor, size: tuple[int, ...]) -> np.ndarray:
+    """Interpolate one score map (D, H, W) a class linearly to `size`; return the best class, uint8.
+
+    With one-hot labels as scores it resamples a label map, with logits it brings a prediction back
+    to a scan's grid. Only one class is held at the new size beside the best so far.
+    """
+    resampled = (_resample(score, size) for score in scores)
+    best = next(resampled)
+    labels = torch.zeros(size, dtype=torch.uint8, device=best.device)
+    for label, score in enumerate(resampled, start=1):
+        better = score > best
+        best = torch.where(better, score, best)
+        labels[better] = label
+    return labels.cpu().numpy()
+
+
+def _resample(volume: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Trilinear (D, H, W) → size over the same extent, voxels taken as cells with a centre."""
+    if tuple(volume.shape) == tuple(size):
+        return volume
+    return F.interpolate(volume[None, None], size=size, mode="trilinear")[0, 0]
+
+
+def to_scan_grid(labels: np.ndarray, scan: Scan) -> np.ndarray:
+    """Turn a label map on a scan's voxels back to the axes of the scan's own file."""
+    there = nibabel.orientations.io_orientation(scan.file.affine)
+    turn = nibabel.orientations.ornt_transform(np.array([[0, 1], [1, 1], [2, 1]]), there)
+    return nibabel.orientations.apply_orientation(labels, turn)
+
+
+def write_nifti(path: Path, labels: np.ndarray, scan: Scan) -> None:
+    """Save a label map with the header, and so the place, of a scan; whole or not at all."""
+    header = scan.file.header.copy()
+    header.set_data_dtype(np.uint8)
+    header["scl_slope"], header["scl_inter"] = 1, 0
+    temporary = path.with_name(f"tmp-{path.name}")
+    nibabel.save(nibabel.Nifti1Image(labels.astype(np.uint8), scan.file.affine, header), temporary)
+    temporary.replace(path)
+
+
+# -------------------------------------------------------------------------- volumes and their cache
 
 
 class Volume(NamedTuple):
@@ -463,6 +518,18 @@ def load_case(case: Case, organs: Sequence[str], spacing: float) -> Volume:
     return make_volume(case.id, image, labels, labelled_organs(case, organs), case)
 
 
+def make_volume(id_: str, image, labels, labelled, case: Case | None = None) -> Volume:
+    """Put a volume together, with a fixed choice of voxels on which patches may be centred."""
+    rng = np.random.default_rng(0)
+    centres = [np.empty((0, 4), dtype=np.int32)]
+    for label in np.unique(labels[labels > 0]):
+        voxels = np.argwhere(labels == label).astype(np.int32)
+        if len(voxels) > CENTRES_PER_ORGAN:
+            voxels = voxels[rng.choice(len(voxels), CENTRES_PER_ORGAN, replace=False)]
+        centres.append(np.insert(voxels, 0, label, axis=1))
+    return Volume(id_, image, labels, np.concatenate(centres), labelled, case)
+
+
 def labelled_organs(case: Case, organs: Sequence[str]) -> np.ndarray:
     """(1 + organs,) bool: background, and the organs that the case's data set labels."""
     return np.array([True] + [organ in case.masks for organ in organs])
@@ -481,10 +548,10 @@ def load_cases(
     DataError for a case that cannot be used, unless skip_bad leaves it out.
     """
     volumes: dict[Path, Volume | CachedVolume] = {}
-    left_out = [str(trouble) for trouble in _duplicates(cases)]
+    cases, duplicates = _duplicates(cases)
+    left_out = list(map(str, duplicates))
     if left_out and not skip_bad:
         raise DataError(left_out[0])
-    cases = list({(case.folder, case.id): case for case in reversed(cases)}.values())[::-1]
     jobs = [(case, tuple(organs), spacing, cache) for case in cases]
     for case, volume in zip(cases, _in_parallel(_load, jobs, "reading scans"), strict=True):
         if not isinstance(volume, str):
@@ -541,101 +608,25 @@ def _write_cache(folder: Path, volume: Volume) -> None:
 def _in_parallel(function, jobs: Sequence, what: str) -> Iterator:
     """function(job) of every job, in order, behind a progress bar; on several processes if many."""
     workers = min(os.cpu_count() or 1, len(jobs) // 8)
-    with tqdm(total=len(jobs), desc=what, unit="scan", leave=False) as bar:
-        if workers < 2:
-            for job in jobs:
-                yield function(job)
-                bar.update()
-            return
-        # Spawned, not forked: a fork of a process with PyTorch's threads can hang.
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
-            for result in pool.map(function, jobs):
-                yield result
-                bar.update()
+    with contextlib.ExitStack() as stack:
+        results: Iterator = map(function, jobs)
+        if workers > 1:
+            # Spawned, not forked: a fork of a process with PyTorch's threads can hang.
+            context = multiprocessing.get_context("spawn")
+            pool = ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,))
+            results = stack.enter_context(pool).map(function, jobs)
+        yield from tqdm(results, total=len(jobs), desc=what, unit="scan", leave=False)
 
 
-def _duplicates(cases: Sequence[Case]) -> list[Trouble]:
-    seen: set[tuple[str, str]] = set()
-    troubles = []
-    for case in cases:
-        key = (case.folder, case.id)
-        if key in seen:
-            what = f"the id {case.id} stands in this folder twice"
-            troubles.append(Trouble(case.image, what, "only the first one can be used", False))
-        seen.add(key)
-    return troubles
-
-
-def make_volume(id_: str, image, labels, labelled, case: Case | None = None) -> Volume:
-    """Put a volume together, with a fixed choice of voxels on which patches may be centred."""
-    rng = np.random.default_rng(0)
-    centres = [np.empty((0, 4), dtype=np.int32)]
-    for label in np.unique(labels[labels > 0]):
-        voxels = np.argwhere(labels == label).astype(np.int32)
-        if len(voxels) > CENTRES_PER_ORGAN:
-            voxels = voxels[rng.choice(len(voxels), CENTRES_PER_ORGAN, replace=False)]
-        centres.append(np.insert(voxels, 0, label, axis=1))
-    return Volume(id_, image, labels, np.concatenate(centres), labelled, case)
-
-
-def to_scan_grid(labels: np.ndarray, scan: Scan) -> np.ndarray:
-    """Turn a label map on a scan's voxels back to the axes of the scan's own file."""
-    there = nibabel.orientations.io_orientation(scan.file.affine)
-    turn = nibabel.orientations.ornt_transform(np.array([[0, 1], [1, 1], [2, 1]]), there)
-    return nibabel.orientations.apply_orientation(labels, turn)
-
-
-def write_nifti(path: Path, labels: np.ndarray, scan: Scan) -> None:
-    """Save a label map with the header, and so the place, of a scan; whole or not at all."""
-    header = scan.file.header.copy()
-    header.set_data_dtype(np.uint8)
-    header["scl_slope"], header["scl_inter"] = 1, 0
-    temporary = path.with_name(f"tmp-{path.name}")
-    nibabel.save(nibabel.Nifti1Image(labels.astype(np.uint8), scan.file.affine, header), temporary)
-    temporary.replace(path)
-
-
-def to_model_grid(scan: Scan, modality: str, spacing: float) -> np.ndarray:
-    """A scan as the model sees it: cubic voxels of `spacing` mm, normalized, float32."""
-    extent = zip(scan.voxels.shape, scan.spacing, strict=True)
-    size = tuple(max(1, round(n * mm / spacing)) for n, mm in extent)
-    return normalize(_resample(torch.from_numpy(scan.voxels), size).numpy(), modality)
-
-
-def normalize(image: np.ndarray, modality: str) -> np.ndarray:
-    """Clip a CT (HU) to a soft-tissue window, an MRI to its percentiles; then mean 0, deviation 1.
-
-    The statistics are the scan's own, so none of another scan's ever enters.
-    """
-    low, high = NORMALIZATION[modality]
-    if modality == "mri":
-        low, high = np.percentile(image, (low, high))
-    image = image.clip(low, high)
-    return ((image - image.mean()) / max(float(image.std()), 1e-6)).astype(np.float32)
-
-
-def resample_labels(scores: Iterator[Tensor] | Tensor, size: tuple[int, ...]) -> np.ndarray:
-    """Interpolate one score map (D, H, W) a class linearly to `size`; return the best class, uint8.
-
-    With one-hot labels as scores it resamples a label map, with logits it brings a prediction back
-    to a scan's grid. Only one class is held at the new size beside the best so far.
-    """
-    resampled = (_resample(score, size) for score in scores)
-    best = next(resampled)
-    labels = torch.zeros(size, dtype=torch.uint8, device=best.device)
-    for label, score in enumerate(resampled, start=1):
-        better = score > best
-        best = torch.where(better, score, best)
-        labels[better] = label
-    return labels.cpu().numpy()
-
-
-def _resample(volume: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Trilinear (D, H, W) → size over the same extent, voxels taken as cells with a centre."""
-    if tuple(volume.shape) == tuple(size):
-        return volume
-    return F.interpolate(volume[None, None], size=size, mode="trilinear")[0, 0]
+def _duplicates(cases: Sequence[Case]) -> tuple[list[Case], list[Trouble]]:
+    """The first case of each folder and id, and a trouble for each of the others."""
+    first: dict[tuple[str, str], Case] = {}
+    others = [c for c in cases if first.setdefault((c.folder, c.id), c) is not c]
+    then = "only the first one can be used"
+    return list(first.values()), [
+        Trouble(str(case.image), f"the id {case.id} stands in this folder twice", then)
+        for case in others
+    ]
 
 
 # ----------------------------------------------------------------------------------------- patches
@@ -727,7 +718,7 @@ def inspect(case: Case) -> dict:
         "spacing": list(scan.spacing) if scan else None,
         "size": list(scan.voxels.shape) if scan else None,
         "voxels": {organ: int(n) for organ, n in zip(organs, counts[1:], strict=True)},
-        "troubles": [{**t._asdict(), "file": str(t.file)} for t in troubles],
+        "troubles": [trouble._asdict() for trouble in troubles],
     }
 
 
@@ -760,15 +751,15 @@ def check(folders: Sequence[str], layout: str | None = None) -> dict[str, dict]:
     """Read every case of the folders; return reports and troubles by folder."""
     found = {}
     for folder in folders:
+        reports: list[dict] = []
         try:
             cases = find_cases(folder, layout=layout)
+            reports = list(_in_parallel(inspect, cases, folder))
+            troubles = [trouble._asdict() for trouble in _duplicates(cases)[1]]
+            troubles += [trouble for report in reports for trouble in report.pop("troubles")]
         except DataError as error:
-            trouble = Trouble(Path(folder), str(error), "nothing of it can be used", False)
-            found[folder] = {"cases": [], "troubles": [{**trouble._asdict(), "file": folder}]}
-            continue
-        reports = list(_in_parallel(inspect, cases, folder))
-        troubles = [{**t._asdict(), "file": str(t.file)} for t in _duplicates(cases)]
-        troubles += [trouble for report in reports for trouble in report.pop("troubles")]
+            what = str(error).removeprefix(f"{folder}: ")
+            troubles = [Trouble(folder, what, "nothing of it can be used")._asdict()]
         found[folder] = {"cases": reports, "troubles": troubles}
     return found
 
@@ -789,7 +780,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for folder, content in found.items():
             print(folder)
             for trouble in content["troubles"]:
-                print(f"  {trouble['file']}: {trouble['what']}; {trouble['then']}")
+                print(f"  {Trouble(**trouble)}")
             print("\n".join(summarize(content["cases"]) or ["  no case"]))
     return int(not all(t["usable"] for content in found.values() for t in content["troubles"]))
 

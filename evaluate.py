@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 METRICS = ("dice", "hd95", "nsd")
-OUTCOMES = ("scored", "missed", "absent", "unlabelled")
+COUNTED = ("scored", "missed", "absent")  # outcomes; the fourth is "unlabelled"
 
 
 @torch.no_grad()
@@ -212,19 +212,12 @@ def summarize(results: Sequence[dict], organs: Sequence[str]) -> dict[str, dict]
     (outcome, modality), a count over organs and cases; "mean", the Dice of both modalities. The
     deviation is the sample's, NaN with one seed.
     """
+    runs: dict[str, dict[int, list[dict]]] = {}
+    for result in results:
+        runs.setdefault(result["arm"], {}).setdefault(result["seed"], []).append(result)
     summary: dict[str, dict] = {}
-    for arm in dict.fromkeys(r["arm"] for r in results):
-        rows = []
-        for seed in dict.fromkeys(r["seed"] for r in results if r["arm"] == arm):
-            row: dict[str | tuple[str, str], float] = {}
-            for modality in ("mri", "ct"):
-                key = (arm, seed, modality)
-                scores = [
-                    r["scores"] for r in results if (r["arm"], r["seed"], r["modality"]) == key
-                ]
-                row |= {(k, modality): v for k, v in _columns(scores, organs).items()}
-            row["mean"] = (row["dice", "mri"] + row["dice", "ct"]) / 2
-            rows.append(row)
+    for arm, by_seed in runs.items():
+        rows = [_columns(group, organs) for group in by_seed.values()]
         summary[arm] = {}
         for column in rows[0]:
             values = [row[column] for row in rows if not math.isnan(row[column])]
@@ -233,15 +226,18 @@ def summarize(results: Sequence[dict], organs: Sequence[str]) -> dict[str, dict]
     return summary
 
 
-def _columns(scores: Sequence[dict], organs: Sequence[str]) -> dict[str, float]:
-    """The columns of summarize for the cases of one arm, seed and modality."""
-    columns: dict[str, float] = {}
-    for metric in METRICS:
-        by_organ = {o: mean(case[o].get(metric, math.nan) for case in scores) for o in organs}
-        columns[metric] = mean(by_organ.values())
-        columns |= by_organ if metric == "dice" else {}
-    for outcome in ("scored", "missed", "absent"):
-        columns[outcome] = sum(case[o]["outcome"] == outcome for case in scores for o in organs)
+def _columns(results: Sequence[dict], organs: Sequence[str]) -> dict:
+    """The columns of summarize for one arm and seed."""
+    columns: dict = {}
+    for m in ("mri", "ct"):
+        scores = [result["scores"] for result in results if result["modality"] == m]
+        for metric in METRICS:
+            by_organ = {(o, m): mean(s[o].get(metric, math.nan) for s in scores) for o in organs}
+            columns[metric, m] = mean(by_organ.values())
+            columns |= by_organ if metric == "dice" else {}
+        for outcome in COUNTED:
+            columns[outcome, m] = sum(s[o]["outcome"] == outcome for s in scores for o in organs)
+    columns["mean"] = (columns["dice", "mri"] + columns["dice", "ct"]) / 2
     return columns
 
 
@@ -257,16 +253,15 @@ def table(summary: dict[str, dict], organs: Sequence[str]) -> str:
     def pair(row: dict, column: str, digits: int) -> str:
         return " / ".join(cell((row[column, m][0], math.nan), digits) for m in ("mri", "ct"))
 
-    outcomes = ("scored", "missed", "absent")
     overlap = [["arm", "MRI Dice", "CT Dice", "mean"] + [f"{o} MRI / CT" for o in organs]]
     surface = [["arm", "MRI HD95 mm", "CT HD95 mm", "MRI NSD", "CT NSD"]]
-    surface[0] += [f"{outcome} MRI / CT" for outcome in outcomes]
+    surface[0] += [f"{outcome} MRI / CT" for outcome in COUNTED]
     for arm, row in summary.items():
         dices = [cell(row[column]) for column in (("dice", "mri"), ("dice", "ct"), "mean")]
         overlap.append([arm, *dices, *(pair(row, organ, 2) for organ in organs)])
         distances = [cell(row["hd95", m], 1) for m in ("mri", "ct")]
         distances += [cell(row["nsd", m]) for m in ("mri", "ct")]
-        surface.append([arm, *distances, *(pair(row, outcome, 0) for outcome in outcomes)])
+        surface.append([arm, *distances, *(pair(row, outcome, 0) for outcome in COUNTED)])
     return _markdown(overlap) + "\n\n" + _markdown(surface)
 
 
