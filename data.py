@@ -26,7 +26,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import nibabel
 import numpy as np
@@ -34,7 +34,7 @@ import torch
 from nibabel.affines import voxel_sizes
 from nibabel.filebasedimages import ImageFileError
 from nibabel.openers import ImageOpener
-from nibabel.spatialimages import HeaderDataError
+from nibabel.spatialimages import HeaderDataError, SpatialImage
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -277,14 +277,14 @@ class Scan(NamedTuple):
     voxels: np.ndarray  # (R, A, S) float32
     spacing: tuple[float, ...]  # mm
     affine: np.ndarray  # of voxels
-    file: nibabel.spatialimages.SpatialImage  # as it lies on disk
+    file: SpatialImage  # as it lies on disk
     troubles: list[Trouble]  # that do not keep it from being used
 
 
 def read_nifti(path: Path) -> Scan:
     """Read a 3D NIfTI file; raises DataError, naming it, if it cannot be used."""
 
-    def refuse(what: str):
+    def refuse(what: str) -> NoReturn:
         raise DataError(Trouble(str(path), what))
 
     if not path.is_file():
@@ -309,7 +309,7 @@ def read_nifti(path: Path) -> Scan:
     return Scan(voxels, spacing, canonical.affine, file, troubles)
 
 
-def _header_troubles(path: Path, file) -> list[Trouble]:
+def _header_troubles(path: Path, file: SpatialImage) -> list[Trouble]:
     troubles = []
     if file.ndim > 3:
         what = f"has shape {file.shape}"
@@ -518,7 +518,9 @@ def load_case(case: Case, organs: Sequence[str], spacing: float) -> Volume:
     return make_volume(case.id, image, labels, labelled_organs(case, organs), case)
 
 
-def make_volume(id_: str, image, labels, labelled, case: Case | None = None) -> Volume:
+def make_volume(
+    id_: str, image: np.ndarray, labels: np.ndarray, labelled: np.ndarray, case: Case | None = None
+) -> Volume:
     """Put a volume together, with a fixed choice of voxels on which patches may be centred."""
     rng = np.random.default_rng(0)
     centres = [np.empty((0, 4), dtype=np.int32)]
@@ -563,7 +565,7 @@ def load_cases(
     return volumes, left_out
 
 
-def _load(job) -> Volume | CachedVolume | str:
+def _load(job: tuple) -> Volume | CachedVolume | str:
     """Load one case, by way of the cache if there is one; a string is what is wrong with it."""
     case, organs, spacing, cache = job
     try:
@@ -605,11 +607,11 @@ def _write_cache(folder: Path, volume: Volume) -> None:
             raise
 
 
-def _in_parallel(function, jobs: Sequence, what: str) -> Iterator:
+def _in_parallel(function: Callable, jobs: Sequence, what: str) -> Iterator[Any]:
     """function(job) of every job, in order, behind a progress bar; on several processes if many."""
     workers = min(os.cpu_count() or 1, len(jobs) // 8)
     with contextlib.ExitStack() as stack:
-        results: Iterator = map(function, jobs)
+        results: Iterator[Any] = map(function, jobs)
         if workers > 1:
             # Spawned, not forked: a fork of a process with PyTorch's threads can hang.
             context = multiprocessing.get_context("spawn")

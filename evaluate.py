@@ -21,15 +21,20 @@ import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from scipy import ndimage
 from scipy.spatial import cKDTree
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+if TYPE_CHECKING:
+    from data import Case
+
+Mask = np.ndarray | Tensor  # of booleans
 METRICS = ("dice", "hd95", "nsd")
 COUNTED = ("scored", "missed", "absent")  # outcomes; the fourth is "unlabelled"
 
@@ -101,7 +106,7 @@ def _gaussian(patch: Sequence[int]) -> Tensor:
     return weight.clamp(min=1e-3)
 
 
-def dice(pred, label) -> float:
+def dice(pred: Mask, label: Mask) -> float:
     """Dice overlap 2 |P ∩ L| / (|P| + |L|) of two boolean arrays (NumPy or torch) of one shape.
 
     Both empty: NaN, as there is nothing to score. One empty: 0. Raises ValueError for other input.
@@ -111,7 +116,7 @@ def dice(pred, label) -> float:
     return 2 * int((pred & label).sum()) / size if size else math.nan
 
 
-def hd95(pred, label, spacing: Sequence[float]) -> float:
+def hd95(pred: Mask, label: Mask, spacing: Sequence[float]) -> float:
     """95th percentile Hausdorff distance in mm of two boolean arrays of one shape.
 
     A surface is the mask's voxels of which a face neighbour lies outside mask or array; distances
@@ -124,7 +129,7 @@ def hd95(pred, label, spacing: Sequence[float]) -> float:
     return hd95_and_nsd(pred, label, spacing, math.inf)[0]
 
 
-def nsd(pred, label, spacing: Sequence[float], tolerance: float) -> float:
+def nsd(pred: Mask, label: Mask, spacing: Sequence[float], tolerance: float) -> float:
     """Normalized surface Dice: the share of both surfaces within `tolerance` mm of the other one.
 
     Nikolov et al. 2018 (arXiv 1809.04430), with the surface of hd95 and each of its voxels counted
@@ -134,7 +139,9 @@ def nsd(pred, label, spacing: Sequence[float], tolerance: float) -> float:
     return hd95_and_nsd(pred, label, spacing, tolerance)[1]
 
 
-def hd95_and_nsd(pred, label, spacing: Sequence[float], tolerance: float) -> tuple[float, float]:
+def hd95_and_nsd(
+    pred: Mask, label: Mask, spacing: Sequence[float], tolerance: float
+) -> tuple[float, float]:
     """hd95 and nsd in half the time, as both need the same distances."""
     pred, label = _masks(pred, label)
     if not (pred.any() and label.any()):
@@ -145,7 +152,7 @@ def hd95_and_nsd(pred, label, spacing: Sequence[float], tolerance: float) -> tup
     return farthest, float((np.concatenate(distances) <= tolerance).mean())
 
 
-def _masks(pred, label) -> tuple[np.ndarray, np.ndarray]:
+def _masks(pred: Mask, label: Mask) -> tuple[np.ndarray, np.ndarray]:
     pred, label = np.asarray(pred), np.asarray(label)
     if pred.shape != label.shape or pred.dtype != bool or label.dtype != bool:
         raise ValueError(
@@ -155,7 +162,9 @@ def _masks(pred, label) -> tuple[np.ndarray, np.ndarray]:
     return pred, label
 
 
-def _surface_distances(pred: np.ndarray, label: np.ndarray, spacing: Sequence[float]):
+def _surface_distances(
+    pred: np.ndarray, label: np.ndarray, spacing: Sequence[float]
+) -> list[np.ndarray]:
     """Distance (mm) of each surface voxel of pred to label's surface, and the other way round."""
     if len(spacing) != pred.ndim or min(spacing) <= 0:
         raise ValueError(f"spacing {tuple(spacing)} must be {pred.ndim} positive numbers in mm")
@@ -277,7 +286,7 @@ def _markdown(rows: list[list[str]]) -> str:
 # stands alone.
 
 
-def segment(model, image: np.ndarray, patch: int, size: Sequence[int]) -> np.ndarray:
+def segment(model: nn.Module, image: np.ndarray, patch: int, size: Sequence[int]) -> np.ndarray:
     """Label map of a normalized image (D, H, W), brought from the model's grid to `size` voxels.
 
     The model runs where it is, in mixed precision where that pays; the logits are put together
@@ -302,7 +311,7 @@ def mixed_precision(device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if capable else None
 
 
-def load_model(path: Path, device: torch.device):
+def load_model(path: Path, device: torch.device) -> tuple[nn.Module, dict]:
     """The network of a checkpoint and what it needs: organs, spacing, patch, normalization.
 
     Raises DataError for a file that is no checkpoint of fedgin.py. Opening one runs no code.
@@ -324,7 +333,7 @@ def load_model(path: Path, device: torch.device):
     return model, needs
 
 
-def find_scans(paths: Sequence[str], modality: str | None, layout: str | None) -> dict:
+def find_scans(paths: Sequence[str], modality: str | None, layout: str | None) -> dict[str, "Case"]:
     """{name: Case} of files, folders of files and folders in a known layout."""
     from data import Case, DataError, find_cases
 
@@ -351,7 +360,9 @@ def find_scans(paths: Sequence[str], modality: str | None, layout: str | None) -
     return scans
 
 
-def predict(case, model, needs: dict, out: Path, tolerance: float) -> dict[str, dict]:
+def predict(
+    case: "Case", model: nn.Module, needs: dict, out: Path, tolerance: float
+) -> dict[str, dict]:
     """Write the label map of a scan to out/ID.nii.gz on the scan's own grid; return its scores."""
     from data import read_nifti, read_usable, to_model_grid, to_scan_grid, write_nifti
 

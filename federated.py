@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 State = Mapping[str, Tensor]
+Train = Callable[[str, int], float]  # (hospital, round) → mean loss
 
 
 def weighted_average(
@@ -71,7 +72,7 @@ def weighted_average(
 def federated_rounds(
     model: nn.Module,
     n_cases: Mapping[str, float],
-    train: Callable[[str, int], float],
+    train: Train,
     rounds: int,
     start: int = 0,
     average: Callable[[Iterable[tuple[State, float]]], State] = weighted_average,
@@ -96,7 +97,13 @@ def federated_rounds(
         yield round_, losses
 
 
-def _updates(model, n_cases, train, round_, losses) -> Iterator[tuple[State, float]]:
+def _updates(
+    model: nn.Module,
+    n_cases: Mapping[str, float],
+    train: Train,
+    round_: int,
+    losses: dict[str, float],
+) -> Iterator[tuple[State, float]]:
     """Broadcast to each hospital and train there, the one model standing in for all of theirs."""
     global_weights = {key: w.clone() for key, w in model.state_dict().items()}
     for hospital, n_k in n_cases.items():
@@ -237,7 +244,7 @@ class Ranks:
     def __enter__(self) -> "Ranks":
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if self.size > 1:
             if error is not None and not isinstance(error, RankError):
                 self._meet(str(error) or STOPPED)

@@ -25,7 +25,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -69,7 +69,7 @@ STOP = threading.Event()  # set by Ctrl-C and SIGTERM, seen between batches
 SCANS = {"rounds": 100, "local_steps": 50, "patch": 96, "width": 32, "depth": 5, "lr": 1e-3}
 
 
-def flag(default, text: str, **more):
+def flag(default: Any, text: str, **more: Any) -> Any:
     """A field of Config that is a flag too; `more` goes to argparse's add_argument."""
     return dataclasses.field(default=default, metadata={"help": text, **more})
 
@@ -126,6 +126,18 @@ class Hospital(NamedTuple):
     here: bool = True  # False: another rank's; train has the length that is known, and no volume
 
 
+class Training(NamedTuple):
+    """One model to train."""
+
+    seed: int
+    label: str  # the arm and, behind a space, the ratio if the run has several
+    clients: dict[str, "Client"]
+
+    @property
+    def arm(self) -> Arm:
+        return ARMS[self.label.split()[0]]
+
+
 class Client(NamedTuple):
     """Who trains: a hospital with the cases that the scenario gives it, or all hospitals pooled."""
 
@@ -175,23 +187,17 @@ def choose_clients(config: Config, label: str, hospitals: Sequence[Hospital]) ->
 
 
 def train_arm(
-    config: Config,
-    arm: Arm,
-    clients: dict[str, Client],
-    seed: int,
-    model: nn.Module,
-    start: int,
-    ranks: Ranks,
+    config: Config, training: Training, model: nn.Module, start: int, ranks: Ranks
 ) -> Iterator[tuple[int, float]]:
     """Train a model in place by FedAvg, yielding (round, mean loss) after each round."""
     device = next(model.parameters()).device
-    ours = {name: client for name, client in clients.items() if client.here}
+    ours = {name: client for name, client in training.clients.items() if client.here}
     losses = {name: segmentation_loss(c.cases, config, device) for name, c in ours.items()}
 
     def train(name: str, round_: int) -> float:
         loss = train_locally(
             model,
-            batches(config, arm, ours[name], (seed, round_, name), device),
+            batches(config, training.arm, ours[name], (training.seed, round_, name), device),
             losses[name],
             lr=config.lr * (1 - (round_ - 1) / config.rounds) ** 0.9,
             autocast=evaluate.mixed_precision(device),
@@ -205,10 +211,12 @@ def train_arm(
     average = functools.partial(ranks.average, like=model.state_dict())
     for round_, loss in federated_rounds(model, n_k, train, config.rounds, start, average):
         total = torch.tensor(sum(loss.values()), dtype=torch.float64)
-        yield round_, ranks.add_up(total).item() / len(clients)
+        yield round_, ranks.add_up(total).item() / len(training.clients)
 
 
-def batches(config: Config, arm: Arm, client: Client, key: tuple, device: torch.device):
+def batches(
+    config: Config, arm: Arm, client: Client, key: tuple, device: torch.device
+) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor]]]:
     """Yield what a hospital trains on in a round: (images, (labels, labelled)), on the device."""
     augment: nn.Module = nn.Identity()
     if arm.gin:
@@ -221,7 +229,7 @@ def batches(config: Config, arm: Arm, client: Client, key: tuple, device: torch.
         yield augment(images), (labels, labelled)
 
 
-def generator(*key) -> torch.Generator:
+def generator(*key: Any) -> torch.Generator:
     """Random numbers that depend on nothing but the key: seed, round, hospital and purpose."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
@@ -236,7 +244,9 @@ def make_model(config: Config, seed: int, device: torch.device) -> nn.Module:
     return model
 
 
-def segmentation_loss(cases: Sequence[Volume], config: Config, device: torch.device):
+def segmentation_loss(
+    cases: Sequence[Volume], config: Config, device: torch.device
+) -> Callable[[Tensor, tuple[Tensor, Tensor]], Tensor]:
     """Cross-entropy + soft Dice over the organs: (logits, (labels, labelled)) → scalar.
 
     labelled, (B, classes), says which organs an image's hospital labels. Where it labels no spleen,
@@ -272,7 +282,13 @@ def segmentation_loss(cases: Sequence[Volume], config: Config, device: torch.dev
 # --------------------------------------------------------------------------- validation and tests
 
 
-def validate(config: Config, model: nn.Module, hospitals, modalities, ranks) -> dict[str, float]:
+def validate(
+    config: Config,
+    model: nn.Module,
+    hospitals: Sequence[Hospital],
+    modalities: Sequence[str],
+    ranks: Ranks,
+) -> dict[str, float]:
     """{modality: mean Dice of all hospitals' validation cases}, on the model's grid.
 
     Training cases stand in at a hospital that has no validation case.
@@ -337,7 +353,7 @@ def run(config: Config) -> None:
         show(describe(config, device, ranks))
         hospitals = load_hospitals(config, ranks)
         plan = [
-            (seed, label, choose_clients(config, label, hospitals[seed]))
+            Training(seed, label, choose_clients(config, label, hospitals[seed]))
             for seed in config.seeds
             for label in run_labels(config)
         ]
@@ -351,16 +367,24 @@ def run(config: Config) -> None:
                 show(f"\n{report}\n\nEverything is in {out}{os.sep}")
 
 
-def go_through(plan, config: Config, hospitals, device, ranks: Ranks) -> dict:
+def go_through(
+    plan: Sequence[Training],
+    config: Config,
+    hospitals: dict[int, list[Hospital]],
+    device: torch.device,
+    ranks: Ranks,
+) -> dict:
     """Train and test what the run in config.out has not yet; return what results.json holds."""
     done, state = open_run(config, hospitals, ranks)
     finished = ranks.gather(done["finished"])[0]
-    for seed, label, clients in plan:
+    for training in plan:
+        seed, label, _ = training
         if [seed, label] in finished:
             continue
         try:
             model = make_model(config, seed, device)
-            fit(model, config, label, seed, clients, hospitals[seed], state, ranks)
+            fit(model, config, training, hospitals[seed], state, ranks)
+            save_best(model, config, training, state["best"], ranks)
             scores = everyones(test(config, model, hospitals[seed]), ranks)
             done["results"] += [{"seed": seed, "arm": label, **score} for score in scores]
             done["finished"].append([seed, label])
@@ -371,13 +395,20 @@ def go_through(plan, config: Config, hospitals, device, ranks: Ranks) -> dict:
     return done
 
 
-def fit(model, config: Config, label, seed, clients, hospitals, state: dict, ranks: Ranks) -> None:
-    """Train an arm behind a progress bar; leave model with the weights of the best validation Dice.
+def fit(
+    model: nn.Module,
+    config: Config,
+    training: Training,
+    hospitals: Sequence[Hospital],
+    state: dict,
+    ranks: Ranks,
+) -> None:
+    """Train an arm behind a progress bar, and choose its weights by the mean validation Dice.
 
     state is what the last checkpoint held. It is brought up to date and saved after every round, so
     that an arm goes on in the round in which it stopped.
     """
-    arm, out = ARMS[label.split()[0]], Path(config.out)
+    out, (seed, label, _) = Path(config.out), training
     if (state.get("seed"), state.get("arm")) == (seed, label):
         model.load_state_dict(state["weights"])
     else:
@@ -386,8 +417,8 @@ def fit(model, config: Config, label, seed, clients, hospitals, state: dict, ran
     start = ranks.gather(state["round"])[0]
     looks = {"desc": f"{label}, seed {seed}", "unit": "round", "disable": ranks.rank > 0}
     with tqdm(total=config.rounds, initial=start, **looks) as bar:
-        for round_, loss in train_arm(config, arm, clients, seed, model, start, ranks):
-            dice = validate(config, model, hospitals, arm.modalities, ranks)
+        for round_, loss in train_arm(config, training, model, start, ranks):
+            dice = validate(config, model, hospitals, training.arm.modalities, ranks)
             mean = sum(dice.values()) / len(dice)
             mean = -1.0 if math.isnan(mean) else mean  # no organ in any validation case
             weights = {key: w.cpu().clone() for key, w in model.state_dict().items()}
@@ -401,10 +432,20 @@ def fit(model, config: Config, label, seed, clients, hospitals, state: dict, ran
             shown = {f"val_{m}": f"{d:.3f}" for m, d in dice.items()}
             bar.set_postfix(loss=f"{loss:.3f}", **shown, refresh=False)
             bar.update()
-    model.load_state_dict(ranks.first(state["best"].get("weights", model.state_dict())))
-    about = {"format": FORMAT, "arm": label, "seed": seed, "model": model_needs(config)}
+
+
+def save_best(
+    model: nn.Module, config: Config, training: Training, best: dict, ranks: Ranks
+) -> None:
+    """Give the model its best weights; save them with what evaluate.py must know to use them."""
+    model.load_state_dict(ranks.first(best.get("weights", model.state_dict())))
+    spacing = phantom.SPACING if on_phantoms(config) else config.spacing
+    needs = {"organs": config.organs, "spacing": spacing, "normalization": data.NORMALIZATION}
+    needs |= {key: getattr(config, key) for key in ("patch", "width", "depth")}
+    seed, arm, _ = training
+    about = {"format": FORMAT, "arm": arm, "seed": seed, "model": needs}
     if ranks.rank == 0:
-        save(checkpoint_path(config, label, seed), {**state["best"], **about})
+        save(checkpoint_path(config, arm, seed), {**best, **about})
 
 
 def everyones(scores: list[dict], ranks: Ranks) -> list[dict]:
@@ -438,13 +479,6 @@ def run_labels(config: Config) -> list[str]:
         for name in config.arms
         for ratio in (config.ratios if "ct" in ARMS[name].modalities else [""])
     ]
-
-
-def model_needs(config: Config) -> dict:
-    """What evaluate.py must know to use the weights on a new scan."""
-    spacing = phantom.SPACING if on_phantoms(config) else config.spacing
-    needs = {"organs": config.organs, "spacing": spacing, "normalization": data.NORMALIZATION}
-    return needs | {key: getattr(config, key) for key in ("patch", "width", "depth")}
 
 
 def write_report(config: Config, done: dict) -> str:
@@ -581,7 +615,9 @@ def check_alike(config: Config, ranks: Ranks) -> None:
         )
 
 
-def open_run(config: Config, hospitals: dict[int, list[Hospital]], ranks: Ranks):
+def open_run(
+    config: Config, hospitals: dict[int, list[Hospital]], ranks: Ranks
+) -> tuple[dict, dict]:
     """What the run in config.out has done, and its last checkpoint; both empty for a new run.
 
     Raises DataError with the fields that differ if that run had other settings or other data. Under
@@ -632,13 +668,13 @@ def about_hospital(name: str, hospitals: dict[int, list[Hospital]], config: Conf
 
 
 @contextlib.contextmanager
-def stopping_between_batches():
+def stopping_between_batches() -> Iterator[None]:
     """Let Ctrl-C and SIGTERM wait for the end of the batch; a second one does not wait.
 
     An exception from a signal handler can get lost, in an import inside PyTorch for one.
     """
 
-    def note(number, frame):
+    def note(number: int, frame: Any) -> None:
         if STOP.is_set():
             raise KeyboardInterrupt
         STOP.set()
@@ -658,7 +694,7 @@ def stop_if_asked() -> None:
 
 
 @contextlib.contextmanager
-def locked(out: Path, ranks: Ranks):
+def locked(out: Path, ranks: Ranks) -> Iterator[None]:
     """Make a folder and keep every other run out of it; the system frees it if we die."""
     out.mkdir(parents=True, exist_ok=True)
     if ranks.rank > 0:
@@ -757,7 +793,7 @@ def describe(config: Config, device: torch.device, ranks: Ranks) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         raise DataError(f"{message}; see python fedgin.py --help")
 
 

@@ -11,11 +11,14 @@ model that trains on redrawn images cannot lean on what tells CT from MRI. Label
 """
 
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+Generator = torch.Generator | None
 CONVOLUTION = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}  # by the number of spatial axes
 CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 
@@ -27,7 +30,7 @@ def gin(
     n_layers: int = 4,
     hidden_channels: int = 2,
     kernel_sizes: tuple[int, ...] = (1, 3),
-    generator: torch.Generator | None = None,
+    generator: Generator = None,
 ) -> Tensor:
     """Blend every image of a batch with what a random network makes of it, and restore its norm.
 
@@ -64,7 +67,7 @@ class GIN(nn.Module):
     The other arguments are gin's own. Input and output: (B, C, *space), same dtype and device.
     """
 
-    def __init__(self, p: float = 1.0, **settings) -> None:
+    def __init__(self, p: float = 1.0, **settings: Any) -> None:
         super().__init__()
         if not 0 <= p <= 1:
             raise ValueError(f"p is a probability between 0 and 1, not {p}")
@@ -80,7 +83,9 @@ class GIN(nn.Module):
         return torch.where(_draw(torch.rand, shape, x.device, generator) < self.p, redrawn, x)
 
 
-def _random_network(h: Tensor, channels: list, kernel_sizes: tuple, generator) -> Tensor:
+def _random_network(
+    h: Tensor, channels: list[int], kernel_sizes: tuple[int, ...], generator: Generator
+) -> Tensor:
     """Send each image of (B, C, *space) through random convolutions and LeakyReLUs of its own."""
     batch, space = len(h), h.shape[2:]
     # The images side by side as channels of one image, each in a group of its own: one call a
@@ -98,7 +103,9 @@ def _random_network(h: Tensor, channels: list, kernel_sizes: tuple, generator) -
     return h.reshape(batch, channels[-1], *space).contiguous()
 
 
-def _draw(sampler, shape: tuple, device, generator, *bounds) -> Tensor:
+def _draw(
+    sampler: Callable, shape: tuple[int, ...], device: Any, generator: Generator, *bounds: int
+) -> Tensor:
     """Draw where the generator lives, so that one seed gives the same numbers on every device."""
     source = generator.device if generator is not None else "cpu"
     drawn = sampler(*bounds, shape, generator=generator, device=source)

@@ -43,8 +43,8 @@ def train(folder: Path, hospitals: int, rounds: int, device: torch.device) -> di
         for k in range(hospitals)
     }
     model = fedgin.make_model(config, 0, device)
-    ranks = Ranks(list(clients), timeout=60)
-    for _ in fedgin.train_arm(config, fedgin.ARMS["fedgin"], clients, 0, model, 0, ranks):
+    ranks, training = Ranks(list(clients), timeout=60), fedgin.Training(0, "fedgin", clients)
+    for _ in fedgin.train_arm(config, training, model, 0, ranks):
         pass
     cuda = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else 0
     return {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, "device": cuda}
