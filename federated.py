@@ -197,8 +197,8 @@ class RankError(Exception):
 class Ranks:
     """The processes that work on a run: those that torchrun started, or this one alone.
 
-    Rank r of W works for the hospitals r, r + W, … of `hospitals`, which are names. Only sums of
-    numbers pass between ranks, by PyTorch's gloo and through the CPU, so that ranks may share a GPU
+    Rank r of W works for the hospitals r, r + W, … of `hospitals`, which are names. Sums of tensors
+    and JSON pass between ranks, by PyTorch's gloo and through the CPU, so that they may share a GPU
     or have none. A rank that fails inside `with Ranks(…) as ranks:` tells the others why, and one
     that keeps the others waiting for `timeout` seconds ends the run.
     """
