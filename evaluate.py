@@ -16,7 +16,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -324,7 +323,7 @@ def load_model(path: Path, device: torch.device) -> tuple[nn.Module, dict]:
         needs = checkpoint["model"]
         model = UNet3D(1, len(needs["organs"]) + 1, needs["width"], needs["depth"])
         model.load_state_dict(checkpoint["weights"])
-    except (OSError, EOFError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
+    except Exception as error:  # PyTorch has many for a file that is not its own
         message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(f"{path}: no checkpoint of fedgin.py ({message})") from error
     if {k: tuple(v) for k, v in needs["normalization"].items()} != NORMALIZATION:
@@ -383,7 +382,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     from data import LAYOUTS, NORMALIZATION
 
     parser = argparse.ArgumentParser(description="Segment scans with a checkpoint of fedgin.py.")
-    parser.add_argument("--checkpoint", required=True, type=Path, metavar="FILE")
+    text = "a trained arm, runs/limited/fedgin.pt for instance"
+    parser.add_argument("--checkpoint", required=True, type=Path, metavar="FILE", help=text)
     parser.add_argument(
         "--images", required=True, nargs="+", metavar="PATH", help="NIfTI files or folders of them"
     )

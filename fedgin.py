@@ -620,12 +620,10 @@ def open_run(
 ) -> tuple[dict, dict]:
     """What the run in config.out has done, and its last checkpoint; both empty for a new run.
 
-    Raises DataError with the fields that differ if that run had other settings or other data. Under
-    several ranks, rank 0 keeps the run, and each one what concerns its own hospitals.
+    Raises DataError for a damaged file, and with the fields that differ if that run had other
+    settings or other data. Rank 0 keeps the run, each rank what concerns its own hospitals.
     """
     out, differ = Path(config.out), []
-    done: dict = {"finished": [], "results": []}
-    state: dict = {"history": []}
     about = {
         out / f"hospitals/{n}.json": about_hospital(n, hospitals, config) for n in ranks.ours()
     }
@@ -635,9 +633,8 @@ def open_run(
         about[out / "config.json"] = settings
     texts = {path: json.dumps(content, indent=1) for path, content in about.items()}
     for path, text in texts.items():
-        if path.exists():
-            ours, theirs = json.loads(text), json.loads(path.read_text(encoding="utf-8"))
-            differ += [k for k in ours if ours[k] != theirs.get(k) and k not in OWN_TO_A_START]
+        ours, theirs = json.loads(text), read(path, json.loads(text))
+        differ += [k for k in ours if ours[k] != theirs.get(k) and k not in OWN_TO_A_START]
     differ = [field for part in ranks.gather(differ) for field in part]
     if differ:
         fields = ", ".join(dict.fromkeys(differ))
@@ -646,11 +643,11 @@ def open_run(
     for path, text in texts.items():
         if not path.exists():
             write(path, text.encode())
-    if ranks.rank == 0 and (out / "results.json").exists():
-        done = json.loads((out / "results.json").read_text(encoding="utf-8"))
-    if ranks.rank == 0 and (out / "checkpoint.pt").exists():
-        state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
-    return done, state
+    done: dict = {"finished": [], "results": []}
+    state: dict = {"history": []}
+    if ranks.rank > 0:
+        return done, state
+    return read(out / "results.json", done), read(out / "checkpoint.pt", state)
 
 
 def about_hospital(name: str, hospitals: dict[int, list[Hospital]], config: Config) -> dict:
@@ -727,6 +724,19 @@ def save(path: Path, content: dict) -> None:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write(path, buffer.getvalue())
+
+
+def read(path: Path, missing: dict) -> dict:
+    """What a JSON file or a checkpoint holds, or `missing` if it is not there yet."""
+    if not path.exists():
+        return missing
+    try:
+        if path.suffix == ".json":
+            return json.loads(path.read_text(encoding="utf-8"))
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # PyTorch has many for a file that is not its own
+        what = f"cannot be read ({type(error).__name__})"
+        raise DataError(f"{path}: {what}; choose another --out") from error
 
 
 def write(path: Path, content: bytes) -> None:

@@ -34,6 +34,19 @@ def test_resume_refuses_other_settings_other_data_and_other_formats(tmp_path, ca
     assert "holds a run with other format;" in capsys.readouterr().err
 
 
+def test_resume_names_a_damaged_file(tmp_path, capsys):
+    assert command("--out", tmp_path) == 0
+    torch.save({}, tmp_path / "checkpoint.pt")
+    capsys.readouterr()
+    for name in ("checkpoint.pt", "results.json", "config.json"):
+        for content in (b"junk", (tmp_path / name).read_bytes()[:100]):
+            (tmp_path / name).write_bytes(content)
+            assert command("--out", tmp_path, "--resume") == 2
+            error = capsys.readouterr().err
+            assert f"{name}: cannot be read" in error
+            assert len(error.splitlines()) == 1
+
+
 def test_resume_refuses_files_that_changed(tmp_path, ct_folder, mri_folder, capsys):
     shutil.copytree(mri_folder, tmp_path / "mri")
     words = [

@@ -423,8 +423,9 @@ def test_a_checkpoint_runs_no_code_and_must_be_one(tmp_path, capsys):
 
     torch.save({"weights": Evil(), "model": {}}, tmp_path / "evil.pt")
     (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "junk.pt").write_bytes(b"junk")
     torch.save({"weights": {}}, tmp_path / "other.pt")
-    for name in ("evil.pt", "text.pt", "other.pt", "missing.pt"):
+    for name in ("evil.pt", "text.pt", "junk.pt", "other.pt", "missing.pt"):
         words = ["--checkpoint", tmp_path / name, "--images", tmp_path, "--out", tmp_path / "out"]
         assert segment_files(*words) == 2
         shown = capsys.readouterr()
