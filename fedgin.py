@@ -126,6 +126,9 @@ class Hospital(NamedTuple):
     here: bool = True  # False: another rank's; train has the length that is known, and no volume
 
 
+Hospitals = dict[int, list[Hospital]]  # by seed
+
+
 class Training(NamedTuple):
     """One model to train."""
 
@@ -368,11 +371,7 @@ def run(config: Config) -> None:
 
 
 def go_through(
-    plan: Sequence[Training],
-    config: Config,
-    hospitals: dict[int, list[Hospital]],
-    device: torch.device,
-    ranks: Ranks,
+    plan: list[Training], config: Config, hospitals: Hospitals, device: torch.device, ranks: Ranks
 ) -> dict:
     """Train and test what the run in config.out has not yet; return what results.json holds."""
     done, state = open_run(config, hospitals, ranks)
@@ -525,7 +524,7 @@ def on_phantoms(config: Config) -> bool:
     return not (config.ct or config.mri)
 
 
-def load_hospitals(config: Config, ranks: Ranks) -> dict[int, list[Hospital]]:
+def load_hospitals(config: Config, ranks: Ranks) -> Hospitals:
     """All hospitals, by seed; of those that other ranks work for, only how many cases they have."""
     ours = [place for place in places(config) if set(place.hospitals) & set(ranks.ours())]
     cases_of = phantom_cases if on_phantoms(config) else scan_cases
@@ -615,9 +614,7 @@ def check_alike(config: Config, ranks: Ranks) -> None:
         )
 
 
-def open_run(
-    config: Config, hospitals: dict[int, list[Hospital]], ranks: Ranks
-) -> tuple[dict, dict]:
+def open_run(config: Config, hospitals: Hospitals, ranks: Ranks) -> tuple[dict, dict]:
     """What the run in config.out has done, and its last checkpoint; both empty for a new run.
 
     Raises DataError for a damaged file, and with the fields that differ if that run had other
@@ -650,7 +647,7 @@ def open_run(
     return read(out / "results.json", done), read(out / "checkpoint.pt", state)
 
 
-def about_hospital(name: str, hospitals: dict[int, list[Hospital]], config: Config) -> dict:
+def about_hospital(name: str, hospitals: Hospitals, config: Config) -> dict:
     """Which case went where, by seed, and what the files of each case were."""
     splits, files = {}, {}
     for seed, group in hospitals.items():
