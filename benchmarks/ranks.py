@@ -32,8 +32,10 @@ def run(ranks: int, rounds: int, folder: str) -> tuple[float, int]:
         command = [sys.executable, *launcher, *words]
     threads = str(max(1, (os.cpu_count() or 1) // ranks))
     before, began = loopback_bytes(), time.perf_counter()
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": threads}, **quiet)
+    environment = {**os.environ, "OMP_NUM_THREADS": threads}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
     return time.perf_counter() - began, loopback_bytes() - before
 
 
