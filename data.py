@@ -55,6 +55,7 @@ TOTALSEGMENTATOR_MASKS = {
     "pancreas": ["pancreas"],
     "gallbladder": ["gallbladder"],
 }
+AMOS_SCANS = "amos_[0-9][0-9][0-9][0-9].nii.gz"
 AMOS_LABELS = {  # by number: the names in its dataset.json are misspelt
     "liver": (6,),
     "kidneys": (2, 3),
@@ -70,9 +71,11 @@ ORGAN_OF_NAME = {
     ),
 }
 KNOWN_BAD = {
-    "s0864": "is corrupt or has impossible values in some releases",
-    **dict.fromkeys(["s0001", "s0044", "s0067"], "is rotated against its labels in some releases"),
-    "amos_0540": "has a scale factor that puts its values into the millions",
+    ("totalsegmentator", "s0864"): "is corrupt or has impossible values in some releases",
+    ("totalsegmentator", "s0001"): "is rotated against its labels in some releases",
+    ("totalsegmentator", "s0044"): "is rotated against its labels in some releases",
+    ("totalsegmentator", "s0067"): "is rotated against its labels in some releases",
+    ("amos", "amos_0540"): "has a scale factor that puts its values into the millions",
 }
 
 
@@ -100,7 +103,7 @@ class Case(NamedTuple):
 class Trouble(NamedTuple):
     """Something wrong with a file, and what becomes of its case."""
 
-    file: str
+    file: Path
     what: str
     then: str = "the case cannot be used"
     usable: bool = False
@@ -168,7 +171,7 @@ def _find_totalsegmentator(root: Path) -> list[Case]:
 def _find_amos(root: Path) -> list[Case]:
     cases = []
     for part, split in (("Tr", "train"), ("Va", "val")):
-        for scan in sorted(root.glob(f"images{part}/amos_[0-9][0-9][0-9][0-9].nii.gz")):
+        for scan in sorted(root.glob(f"images{part}/{AMOS_SCANS}")):
             id_ = scan.name.removesuffix(".nii.gz")
             label_file = root / f"labels{part}" / scan.name
             masks = {organ: [(label_file, values)] for organ, values in AMOS_LABELS.items()}
@@ -180,7 +183,8 @@ def _find_amos(root: Path) -> list[Case]:
 
 def _find_nnunet(root: Path) -> list[Case]:
     file = root / "dataset.json"
-    if not file.is_file() or _find_amos(root):  # AMOS22's dataset.json has another form
+    # AMOS22's dataset.json has another form.
+    if not file.is_file() or any(root.glob(f"images*/{AMOS_SCANS}")):
         return []
     try:
         dataset = json.loads(file.read_text(encoding="utf-8"))
@@ -285,7 +289,7 @@ def read_nifti(path: Path) -> Scan:
     """Read a 3D NIfTI file; raises DataError, naming it, if it cannot be used."""
 
     def refuse(what: str) -> NoReturn:
-        raise DataError(Trouble(str(path), what))
+        raise DataError(Trouble(path, what))
 
     if not path.is_file():
         refuse("missing")
@@ -313,11 +317,11 @@ def _header_troubles(path: Path, file: SpatialImage) -> list[Trouble]:
     troubles = []
     if file.ndim > 3:
         what = f"has shape {file.shape}"
-        troubles.append(Trouble(str(path), what, "axes of length 1 are dropped", True))
+        troubles.append(Trouble(path, what, "axes of length 1 are dropped", True))
     (sform, s_code), (qform, q_code) = file.get_sform(coded=True), file.get_qform(coded=True)
     if s_code > 0 and q_code > 0 and _corners_apart(sform, qform, file.shape[:3]):
         what = "its sform and qform put the volume at different places"
-        troubles.append(Trouble(str(path), what, "the sform is used", True))
+        troubles.append(Trouble(path, what, "the sform is used", True))
     return troubles
 
 
@@ -346,23 +350,22 @@ def read_case(case: Case, organs: Sequence[str]) -> tuple[Scan | None, np.ndarra
             continue
         if mask.voxels.shape != scan.voxels.shape:
             ours, theirs = mask.voxels.shape, f"its scan {case.image.name} {scan.voxels.shape}"
-            troubles.append(Trouble(str(path), f"has {ours} voxels, {theirs}"))
+            troubles.append(Trouble(path, f"has {ours} voxels, {theirs}"))
         elif _corners_apart(scan.affine, mask.affine, scan.voxels.shape):
             what = f"lies at another place than its scan {case.image.name}, by their affines"
-            troubles.append(Trouble(str(path), what))
+            troubles.append(Trouble(path, what))
         else:
             troubles += _label_troubles(case, path, mask.voxels)
             for label, values in wanted:
                 hit = np.isin(np.rint(mask.voxels), values) if values else mask.voxels > 0.5
                 labels[hit] = label
-    if case.id in KNOWN_BAD and case.layout in ("totalsegmentator", "amos"):
-        what = f"{case.id} {KNOWN_BAD[case.id]}"
-        troubles.append(Trouble(str(case.image), what, "used if nothing else is wrong", True))
+    if (case.layout, case.id) in KNOWN_BAD:
+        what = f"{case.id} {KNOWN_BAD[case.layout, case.id]}"
+        troubles.append(Trouble(case.image, what, "it is used if nothing else is wrong", True))
     if not all(trouble.usable for trouble in troubles):
         return scan, None, troubles
     if labels is not None and not labels.any():
-        what, then = "has no organ at all", "it is all background"
-        troubles.append(Trouble(str(case.image), what, then, True))
+        troubles.append(Trouble(case.image, "has no organ at all", "it is all background", True))
     return scan, labels, troubles
 
 
@@ -403,7 +406,7 @@ def _value_troubles(case: Case, scan: Scan) -> list[Trouble]:
         what = f"values {low:g} … {high:g} are no Hounsfield units"
     elif case.modality == "mri" and max(-low, high) > 1e7:
         what = f"values {low:g} … {high:g} are no MRI signal"
-    return [Trouble(str(case.image), what)] if what else []
+    return [Trouble(case.image, what)] if what else []
 
 
 def _label_troubles(case: Case, path: Path, mask: np.ndarray) -> list[Trouble]:
@@ -414,8 +417,7 @@ def _label_troubles(case: Case, path: Path, mask: np.ndarray) -> list[Trouble]:
         return []
     listed = ", ".join(map(str, odd[:5])) + (" …" if len(odd) > 5 else "")
     then = "they count as background" if case.values else "values above 0.5 count as organ"
-    what = f"has labels that the data set does not list: {listed}"
-    return [Trouble(str(path), what, then, True)]
+    return [Trouble(path, f"has labels that the data set does not list: {listed}", then, True)]
 
 
 # ------------------------------------------------------------------ the model's grid and the scan's
@@ -623,12 +625,15 @@ def _in_parallel(function: Callable, jobs: Sequence, what: str) -> Iterator[Any]
 def _duplicates(cases: Sequence[Case]) -> tuple[list[Case], list[Trouble]]:
     """The first case of each folder and id, and a trouble for each of the others."""
     first: dict[tuple[str, str], Case] = {}
-    others = [c for c in cases if first.setdefault((c.folder, c.id), c) is not c]
-    then = "only the first one can be used"
-    return list(first.values()), [
-        Trouble(str(case.image), f"the id {case.id} stands in this folder twice", then)
-        for case in others
-    ]
+    troubles = []
+    for case in cases:
+        key = (case.folder, case.id)
+        if key in first:
+            what = f"the id {case.id} stands in this folder twice"
+            troubles.append(Trouble(case.image, what, "only the first one can be used"))
+        else:
+            first[key] = case
+    return list(first.values()), troubles
 
 
 # ----------------------------------------------------------------------------------------- patches
@@ -760,8 +765,8 @@ def check(folders: Sequence[str], layout: str | None = None) -> dict[str, dict]:
             troubles = [trouble._asdict() for trouble in _duplicates(cases)[1]]
             troubles += [trouble for report in reports for trouble in report.pop("troubles")]
         except DataError as error:
-            what = str(error).removeprefix(f"{folder}: ")
-            troubles = [Trouble(folder, what, "nothing of it can be used")._asdict()]
+            what = str(error).removeprefix(f"{Path(folder)}: ")
+            troubles = [Trouble(Path(folder), what, "nothing of it can be used")._asdict()]
         found[folder] = {"cases": reports, "troubles": troubles}
     return found
 
@@ -777,7 +782,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     found = check(arguments.folders, arguments.layout)
     if arguments.json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps(found, indent=1, default=str))  # default: for paths
     else:
         for folder, content in found.items():
             print(folder)

@@ -202,6 +202,13 @@ def test_a_dataset_json_that_makes_no_sense_is_named(content, tmp_path):
         find_cases(tmp_path)
 
 
+def test_amos_without_labelled_scans_is_not_taken_for_nnunet(tmp_path):
+    write_amos(tmp_path, "ct", 1)
+    (tmp_path / "imagesTr").rename(tmp_path / "imagesTs")
+    with pytest.raises(DataError, match=r"no labelled case found; expected"):
+        find_cases(tmp_path)
+
+
 def test_several_channels_are_refused(tmp_path):
     dataset = {"channel_names": {"0": "T1", "1": "T2"}, "labels": {}, "file_ending": ".nii.gz"}
     (tmp_path / "dataset.json").write_text(json.dumps(dataset))
