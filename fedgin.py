@@ -129,24 +129,24 @@ class Hospital(NamedTuple):
 Hospitals = dict[int, list[Hospital]]  # by seed
 
 
-class Training(NamedTuple):
-    """One model to train."""
-
-    seed: int
-    label: str  # the arm and, behind a space, the ratio if the run has several
-    clients: dict[str, "Client"]
-
-    @property
-    def arm(self) -> Arm:
-        return ARMS[self.label.split()[0]]
-
-
 class Client(NamedTuple):
     """Who trains: a hospital with the cases that the scenario gives it, or all hospitals pooled."""
 
     cases: list[Volume]
     steps: int  # batches a round
     here: bool = True
+
+
+class Training(NamedTuple):
+    """One model to train."""
+
+    seed: int
+    label: str  # the arm and, behind a space, the ratio if the run has several
+    clients: dict[str, Client]
+
+    @property
+    def arm(self) -> Arm:
+        return ARMS[self.label.split()[0]]
 
 
 def choose_clients(config: Config, label: str, hospitals: Sequence[Hospital]) -> dict[str, Client]:
@@ -173,8 +173,10 @@ def choose_clients(config: Config, label: str, hospitals: Sequence[Hospital]) ->
                 f"folders with --{modality} or choose other --arms"
             )
         for i, k in turns[: int(min(limit[modality], len(turns)))]:
-            newcomer = Client([], config.local_steps, holders[k].here)
-            clients.setdefault(holders[k].name, newcomer).cases.append(holders[k].train[i])
+            h = holders[k]
+            if h.name not in clients:
+                clients[h.name] = Client([], config.local_steps, h.here)
+            clients[h.name].cases.append(h.train[i])
     if not arm.pooled:
         return clients
     if not all(client.here for client in clients.values()):
@@ -296,7 +298,8 @@ def validate(
 
     Training cases stand in at a hospital that has no validation case.
     """
-    total, cases = torch.zeros(2, len(modalities), len(config.organs), dtype=torch.float64)
+    sums = torch.zeros(2, len(modalities), len(config.organs), dtype=torch.float64)
+    total, cases = sums
     for hospital in hospitals:
         if not hospital.here or hospital.modality not in modalities:
             continue
@@ -305,12 +308,13 @@ def validate(
             stop_if_asked()
             truth = case.labels
             pred = evaluate.segment(model, case.image, config.patch, truth.shape)
-            for n in range(len(config.organs)):
-                dice = evaluate.dice(pred == n + 1, truth == n + 1)
-                if case.labelled[n + 1] and not math.isnan(dice):
-                    total[row, n] += dice
-                    cases[row, n] += 1
-    by_organ = ranks.add_up(total) / ranks.add_up(cases)  # NaN where no case has the organ
+            for n in range(1, len(config.organs) + 1):
+                dice = evaluate.dice(pred == n, truth == n) if case.labelled[n] else math.nan
+                if not math.isnan(dice):
+                    total[row, n - 1] += dice
+                    cases[row, n - 1] += 1
+    total, cases = ranks.add_up(sums)
+    by_organ = total / cases  # NaN where no case has the organ
     return {m: evaluate.mean(row.tolist()) for m, row in zip(modalities, by_organ, strict=True)}
 
 
@@ -526,9 +530,9 @@ def on_phantoms(config: Config) -> bool:
 
 def load_hospitals(config: Config, ranks: Ranks) -> Hospitals:
     """All hospitals, by seed; of those that other ranks work for, only how many cases they have."""
-    ours = [place for place in places(config) if set(place.hospitals) & set(ranks.ours())]
-    cases_of = phantom_cases if on_phantoms(config) else scan_cases
-    parts, hospitals = cases_of(config, ours, ranks), {}
+    everywhere, hospitals = places(config), {}
+    ours = [place for place in everywhere if set(place.hospitals) & set(ranks.ours())]
+    parts = phantom_cases(config) if on_phantoms(config) else scan_cases(config, ours, ranks)
     for seed in config.seeds:
         there = {h.name: h for place in ours for h in deal_out(parts(place, seed), place)}
         mine = {name: len(there[name].train) for name in ranks.ours()}
@@ -537,7 +541,7 @@ def load_hospitals(config: Config, ranks: Ranks) -> Hospitals:
             there[name]
             if name in mine
             else Hospital(name, place.modality, range(counts[name]), (), (), here=False)
-            for place in places(config)
+            for place in everywhere
             for name in place.hospitals
         ]
     return hospitals
@@ -546,7 +550,7 @@ def load_hospitals(config: Config, ranks: Ranks) -> Hospitals:
 def deal_out(parts: dict[str, list], place: Place) -> list[Hospital]:
     """Divide the cases of a place among its hospitals."""
     sites, (train, val, test) = len(place.hospitals), (parts[part] for part in PHANTOMS)
-    if 1 < sites > len(train):
+    if sites > 1 and len(train) < sites:
         raise DataError(f"--sites {sites}: {place.folder} has {len(train)} training cases, too few")
     return [
         Hospital(name, place.modality, train[i::sites], val[i::sites], test[i::sites])
@@ -554,15 +558,16 @@ def deal_out(parts: dict[str, list], place: Place) -> list[Hospital]:
     ]
 
 
-def phantom_cases(config: Config, ours: list[Place], ranks: Ranks) -> Callable[[Place, int], dict]:
+def phantom_cases(config: Config) -> Callable[[Place, int], dict]:
     """A function (place, seed) → {"train": volumes, "val": …, "test": …}."""
     organs = config.organs
     everything = np.ones(len(organs) + 1, dtype=bool)
     label = [0] + [organs.index(o) + 1 if o in organs else 0 for o in phantom.ORGANS]
+    new_label = np.array(label, dtype=np.uint8)
 
     def volume(seed: int, modality: str, index: int) -> Volume:
         image, labels = phantom.phantom(seed, modality, index)
-        image, labels = data.normalize(image, modality), np.array(label, dtype=np.uint8)[labels]
+        image, labels = data.normalize(image, modality), new_label[labels]
         return data.make_volume(f"phantom{index:02d}", image, labels, everything)
 
     return lambda place, seed: {
@@ -630,7 +635,8 @@ def open_run(config: Config, hospitals: Hospitals, ranks: Ranks) -> tuple[dict, 
         about[out / "config.json"] = settings
     texts = {path: json.dumps(content, indent=1) for path, content in about.items()}
     for path, text in texts.items():
-        ours, theirs = json.loads(text), read(path, json.loads(text))
+        ours = json.loads(text)
+        theirs = read(path, missing=ours)
         differ += [k for k in ours if ours[k] != theirs.get(k) and k not in OWN_TO_A_START]
     differ = [field for part in ranks.gather(differ) for field in part]
     if differ:
