@@ -107,9 +107,12 @@ def _draw(
     sampler: Callable, shape: tuple[int, ...], device: Any, generator: Generator, *bounds: int
 ) -> Tensor:
     """Draw where the generator lives, so that one seed gives the same numbers on every device."""
-    source = generator.device if generator is not None else "cpu"
-    drawn = sampler(*bounds, shape, generator=generator, device=source)
-    return drawn.to(device, non_blocking=True)
+    if generator is None:  # not passed on: torch.compile takes no generator beside a symbolic size
+        drawn = sampler(*bounds, shape, device="cpu")
+    else:
+        drawn = sampler(*bounds, shape, generator=generator, device=generator.device)
+    # A copy to the CPU that is not waited for may be read before it has arrived.
+    return drawn.to(device, non_blocking=drawn.device.type == "cpu")
 
 
 def _norm(x: Tensor) -> Tensor:

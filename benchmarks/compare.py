@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 import fedgin
-from federated import Ranks
+from config import Config
+from hospitals import Hospital, load_hospitals
 
 
 def device_argument(description: str) -> torch.device:
@@ -64,13 +65,12 @@ def report(what: str, values: dict[str, list[float]], unit: str = "s") -> None:
         print(f"    {ours} / {peer}: {statistics.median(ratios):.3f} ({spread})", flush=True)
 
 
-def settings(*words: str) -> fedgin.Config:
-    return fedgin.parse(list(words))
+def settings(*args: str) -> Config:
+    return fedgin.parse(list(args))
 
 
-def phantom_hospitals(config: fedgin.Config) -> list[fedgin.Hospital]:
-    ranks = Ranks(fedgin.hospital_names(config), timeout=60)
-    return fedgin.load_hospitals(config, ranks)[config.seeds[0]]
+def phantom_hospitals(config: Config) -> list[Hospital]:
+    return load_hospitals(config)[0][config.seeds[0]]
 
 
 def ellipsoid(shape: tuple[int, ...], centre, radii) -> np.ndarray:
@@ -83,11 +83,11 @@ def ellipsoid(shape: tuple[int, ...], centre, radii) -> np.ndarray:
 
 
 def in_processes(module: str, sides: dict[str, list[str]], repeats: int) -> dict[str, list[dict]]:
-    """What `python -m module WORDS` prints as JSON, with wall time and peak memory, in turn."""
+    """What `python -m module ARGS` prints as JSON, with wall time and peak memory, in turn."""
     found: dict[str, list[dict]] = {name: [] for name in sides}
     for _ in range(repeats):
-        for name, words in sides.items():
-            found[name].append(measure([sys.executable, "-m", module, *words]))
+        for name, args in sides.items():
+            found[name].append(measure([sys.executable, "-m", module, *args]))
     return found
 
 

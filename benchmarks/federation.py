@@ -6,6 +6,7 @@ Each side is a process of its own, started anew for each measurement; its memory
 processes which it starts. Flower may train two hospitals at a time, with a thread each.
 """
 
+import functools
 import itertools
 import json
 import sys
@@ -15,7 +16,6 @@ import torch
 
 import fedgin
 from benchmarks.compare import device_argument, in_processes, phantom_hospitals, report, settings
-from data import patches
 from evaluate import mixed_precision
 from federated import federated_rounds, train_locally
 
@@ -23,29 +23,19 @@ ROUNDS = 3
 
 
 def prepare(hospitals: int, device_name: str):
-    """The model and a function that trains it at hospital k in a round: the same for both sides."""
+    """The model, who trains it, and how: the same for both sides."""
     config = settings("--sites", str(hospitals // 2), "--scenario", "complete")
-    cases = [hospital.train for hospital in phantom_hospitals(config)]
     device = torch.device(device_name)
-    model = fedgin.make_model(config, 0, device)
-
-    def train(k: int, round_: int) -> float:
-        loss = fedgin.segmentation_loss(cases[k], config, device)
-        draws = fedgin.generator(0, round_, k)
-        drawn = patches(cases[k], config.patch, config.batch_size, config.local_steps, draws)
-        batches = ((x.to(device), (y.to(device), known.to(device))) for x, y, known in drawn)
-        autocast = mixed_precision(device)
-        return train_locally(model, batches, loss, lr=config.lr, autocast=autocast)
-
-    return model, train, [len(c) for c in cases]
+    clients = fedgin.make_clients(config, 0, "fl", phantom_hospitals(config), device)
+    train = functools.partial(train_locally, autocast=mixed_precision(device))
+    return fedgin.make_model(config, 0, device), clients, train, config.lr
 
 
 def ours(hospitals: int, device: str) -> list[float]:
     """Seconds of each round."""
-    model, train, n_k = prepare(hospitals, device)
+    model, clients, train, lr = prepare(hospitals, device)
     ends = [time.perf_counter()]
-    by_name = {str(k): n for k, n in enumerate(n_k)}
-    for _ in federated_rounds(model, by_name, lambda name, r: train(int(name), r), ROUNDS):
+    for _ in federated_rounds(model, clients, ROUNDS, lambda _: lr, train=train):
         ends.append(time.perf_counter())
     return [b - a for a, b in itertools.pairwise(ends)]
 
@@ -67,11 +57,12 @@ def flowers(hospitals: int, device: str) -> list[float]:
             torch.set_num_threads(1)
         if not kept:  # an actor keeps what it has prepared
             kept["it"] = prepare(hospitals, device)
-        model, train, n_k = kept["it"]
+        model, clients, train, lr = kept["it"]
         model.load_state_dict(message.content["arrays"].to_torch_state_dict())
-        k = int(context.node_config["partition-id"])
-        loss = train(k, int(message.content["config"]["server-round"]))
-        metrics = MetricRecord({"loss": loss, "num-examples": n_k[k]})
+        hospital = list(clients.values())[int(context.node_config["partition-id"])]
+        batches = hospital.batches(int(message.content["config"]["server-round"]))
+        loss = train(model, batches, hospital.loss_function, lr=lr)
+        metrics = MetricRecord({"loss": loss, "num-examples": hospital.n_k})
         arrays = ArrayRecord(model.state_dict())
         return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
 

@@ -15,7 +15,9 @@ import torch
 import data
 import fedgin
 from benchmarks.compare import device_argument, in_processes, settings
-from federated import Ranks
+from datasets import Case
+from federated import federated_rounds
+from hospitals import Hospital
 from phantom import phantom
 
 CASES, REPEATS = 512, 2
@@ -26,25 +28,26 @@ def write_cases(folder: Path) -> None:
     """CASES phantoms in the form in which preprocessed scans are cached."""
     for index in range(CASES):
         image, labels = phantom(0, "ct", index)
-        volume = data.make_volume(str(index), data.normalize(image, "ct"), labels, np.ones(6, bool))
+        image = data.normalize(image, "ct")
+        volume = data.make_volume(str(index), "ct", image, labels, np.ones(6, bool))
         data._write_cache(folder / str(index), volume)
 
 
 def train(folder: Path, hospitals: int, rounds: int, device: torch.device) -> dict:
     """As many steps in all, whatever the number of hospitals and rounds."""
-    config = settings("--scenario", "complete", "--rounds", str(rounds))
-    case = data.Case("file", str(folder), "", "ct", "", folder, {})
+    steps = str(CASES // hospitals // rounds)
+    config = settings("--scenario", "complete", "--local-steps", steps)
+    case = Case("file", str(folder), "", "ct", "", folder, {})
     volumes = [
         data.CachedVolume(folder / str(i), np.ones(6, bool), case._replace(id=str(i)))
         for i in range(CASES)
     ]
-    clients = {
-        f"hospital {k}": fedgin.Client(volumes[k::hospitals], CASES // hospitals // rounds)
-        for k in range(hospitals)
-    }
+    split = [
+        Hospital(f"hospital {k}", "ct", volumes[k::hospitals], [], []) for k in range(hospitals)
+    ]
+    clients = fedgin.make_clients(config, 0, "ct-only+gin", split, device)
     model = fedgin.make_model(config, 0, device)
-    ranks, training = Ranks(list(clients), timeout=60), fedgin.Training(0, "fedgin", clients)
-    for _ in fedgin.train_arm(config, training, model, 0, ranks):
+    for _ in federated_rounds(model, clients, rounds, lambda _: config.lr):
         pass
     cuda = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else 0
     return {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, "device": cuda}

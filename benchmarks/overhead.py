@@ -3,14 +3,13 @@
 python -m benchmarks.overhead [--device cuda]
 """
 
+import functools
 import tempfile
 from pathlib import Path
 
-import torch
-
 import fedgin
+import results
 from benchmarks.compare import alternate, device_argument, phantom_hospitals, report, settings
-from data import patches
 from evaluate import mixed_precision
 from federated import federated_rounds, train_locally
 
@@ -19,35 +18,27 @@ def main() -> None:
     device = device_argument(__doc__)
     for sites in (1, 4):
         config = settings("--sites", str(sites), "--scenario", "complete")
-        hospitals = {h.name: h.train for h in phantom_hospitals(config)}
-        n_k = {name: len(cases) for name, cases in hospitals.items()}
         model = fedgin.make_model(config, 0, device)
-        drawn = {}
-        for name, cases in hospitals.items():
-            found = patches(
-                cases, config.patch, config.batch_size, config.local_steps, torch.Generator()
-            )
-            drawn[name] = [(x.to(device), (y.to(device), k.to(device))) for x, y, k in found]
-        losses = {n: fedgin.segmentation_loss(c, config, device) for n, c in hospitals.items()}
-        autocast = mixed_precision(device)
-
-        def train(name, _, drawn=drawn, losses=losses, model=model, autocast=autocast):
-            return train_locally(model, drawn[name], losses[name], lr=1e-3, autocast=autocast)
+        clients = fedgin.make_clients(config, 0, "fl", phantom_hospitals(config), device)
+        for name, client in clients.items():
+            drawn = list(client.batches(1))
+            clients[name] = client._replace(batches=lambda _, drawn=drawn: drawn)
+        train = functools.partial(train_locally, autocast=mixed_precision(device))
 
         with tempfile.TemporaryDirectory() as folder:
 
-            def federated(model=model, n_k=n_k, folder=folder, train=train):
-                for _ in federated_rounds(model, n_k, train, rounds=1):
+            def federated(model=model, clients=clients, folder=folder, train=train):
+                for _ in federated_rounds(model, clients, 1, lambda _: 1e-3, train=train):
                     weights = {key: w.cpu().clone() for key, w in model.state_dict().items()}
                     state = {"weights": weights, "best": {"weights": weights}}
-                    fedgin.save(Path(folder) / "checkpoint.pt", state)
+                    results.save(Path(folder) / "checkpoint.pt", state)
 
-            def bare(n_k=n_k, train=train):
-                for name in n_k:
-                    train(name, 1)
+            def bare(model=model, clients=clients, train=train):
+                for client in clients.values():
+                    train(model, client.batches(1), client.loss_function, lr=1e-3)
 
             times = alternate({"federated": federated, "bare steps": bare}, device, repeats=7)
-        report(f"{len(n_k)} hospitals", times)
+        report(f"{len(clients)} hospitals", times)
 
 
 if __name__ == "__main__":

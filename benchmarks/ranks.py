@@ -6,36 +6,81 @@ Linux only: it reads what passes through the loopback device, so nothing else sh
 """
 
 import os
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import nibabel
+import numpy as np
+
 from benchmarks.compare import device_argument, settings
+from datasets import ORGANS, TOTALSEGMENTATOR_MASKS
 from fedgin import make_model
+from hospitals import PHANTOM_SPLITS
+from phantom import SPACING, phantom
 
 FEW, MANY = 3, 11  # rounds; the difference leaves out the start, the test and the end
+AS_ON_PHANTOMS = ("--patch", "32", "--width", "8", "--depth", "4", "--local-steps", "20")
+
+
+def write_folder(root: Path, modality: str) -> None:
+    """The phantoms of a modality as files, both kidneys in the mask of the left one."""
+    affine = np.diag([SPACING, SPACING, SPACING, 1])
+    for index in (i for indices in PHANTOM_SPLITS.values() for i in indices):
+        image, labels = phantom(42, modality, index)
+        masks = root / modality / f"s{index:04d}/segmentations"
+        masks.mkdir(parents=True)
+        nibabel.save(nibabel.Nifti1Image(image, affine), masks.parent / f"{modality}.nii.gz")
+        for organ, names in TOTALSEGMENTATOR_MASKS.items():
+            for n, name in enumerate(names):
+                mask = (labels == ORGANS.index(organ) + 1) & (n == 0)
+                nifti = nibabel.Nifti1Image(mask.astype(np.uint8), affine)
+                nibabel.save(nifti, masks / f"{name}.nii.gz")
 
 
 def loopback_bytes() -> int:
     return int(Path("/sys/class/net/lo/statistics/tx_bytes").read_text())
 
 
-def run(ranks: int, rounds: int, folder: str) -> tuple[float, int]:
-    """Seconds and bytes of a run with default settings but for the number of rounds."""
-    out = f"{folder}/{ranks}-{rounds}"
-    words = ["fedgin.py", "--arms", "fedgin", "--rounds", str(rounds), "--out", out]
-    command = [sys.executable, *words]
-    if ranks > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command = [sys.executable, *launcher, *words]
+def run(ranks: int, rounds: int, folder: Path) -> tuple[float, int]:
+    """Seconds and bytes of a run with the settings of phantoms but for the number of rounds."""
+    common = ["--rounds", str(rounds), "--spacing", str(SPACING), *AS_ON_PHANTOMS]
+    common += ["--cache", str(folder / "cache")]
+    sides = {m: [f"--{m}", str(folder / m)] for m in ("mri", "ct")}
+    if ranks == 1:
+        arm = ["--scenario", "complete", "--arms", "fedgin"]
+        commands = [["fedgin.py", *arm, *sides["mri"], *sides["ct"]]]
+    else:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        torchrun = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+        torchrun += ["--master-addr", "127.0.0.1", "--master-port", port, "--node-rank"]
+        commands = [
+            [*torchrun, str(rank), "multisite.py", *side]
+            for rank, side in enumerate(sides.values())
+        ]
     threads = str(max(1, (os.cpu_count() or 1) // ranks))
-    before, began = loopback_bytes(), time.perf_counter()
     environment = {**os.environ, "OMP_NUM_THREADS": threads}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
+    before, began = loopback_bytes(), time.perf_counter()
+    processes = []
+    for rank, command in enumerate(commands):
+        args = [
+            sys.executable,
+            *command,
+            *common,
+            "--out",
+            str(folder / f"{ranks}-{rounds}-{rank}"),
+        ]
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        processes.append(subprocess.Popen(args, env=environment, **pipes))
+    for process in processes:
+        _, error = process.communicate()
+        if process.returncode:
+            raise SystemExit(f"{' '.join(process.args)} failed:\n{error[-4000:]}")
     return time.perf_counter() - began, loopback_bytes() - before
 
 
@@ -44,7 +89,10 @@ def main() -> None:
     model = make_model(settings(), 0, device)
     size = sum(w.numel() * w.element_size() for w in model.state_dict().values())
     print(f"model: {size / 1e6:.3f} MB")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for modality in ("mri", "ct"):
+            write_folder(folder, modality)
         for ranks in (1, 2):
             (few, sent_few), (many, sent_many) = (run(ranks, n, folder) for n in (FEW, MANY))
             seconds = (many - few) / (MANY - FEW)

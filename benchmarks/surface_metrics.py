@@ -15,12 +15,12 @@ SHAPE, SPACING = (512, 512, 300), (0.8, 0.8, 2.5)
 
 def main() -> None:
     device = device_argument(__doc__)
-    label = ellipsoid(SHAPE, (0.65, 0.5, 0.6), (0.22, 0.2, 0.14))
-    pred = ellipsoid(SHAPE, (0.655, 0.5, 0.605), (0.21, 0.205, 0.14))
-    pair = [torch.from_numpy(mask)[None, None].to(device) for mask in (pred, label)]
+    target = ellipsoid(SHAPE, (0.65, 0.5, 0.6), (0.22, 0.2, 0.14))
+    prediction = ellipsoid(SHAPE, (0.655, 0.5, 0.605), (0.21, 0.205, 0.14))
+    pair = [torch.from_numpy(mask)[None, None].to(device) for mask in (prediction, target)]
 
     def ours():
-        return hd95_and_nsd(pred, label, SPACING, tolerance=2.0)
+        return hd95_and_nsd(prediction, target, SPACING, tolerance=2.0)
 
     def monai():
         distance = compute_hausdorff_distance(*pair, percentile=95, spacing=SPACING)

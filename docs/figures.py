@@ -23,10 +23,12 @@ from matplotlib import pyplot as plt
 from matplotlib.colors import ListedColormap
 
 import data
-import evaluate
 import fedgin
-from federated import Ranks
+import predict
+import results
+from config import Config
 from gin import gin
+from hospitals import load_hospitals
 from phantom import phantom
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; black is left to text.
@@ -123,26 +125,24 @@ def legend(figure, axes) -> None:
     )
 
 
-def read_config(run: Path) -> fedgin.Config:
+def read_config(run: Path) -> Config:
     saved = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    names = {field.name for field in dataclasses.fields(fedgin.Config)}
+    names = {field.name for field in dataclasses.fields(Config)}
     settings = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k in names}
-    return fedgin.Config(**settings)
+    return Config(**settings)
 
 
 def predictions(run: Path, path: Path) -> None:
-    """A test case of each modality: scan, truth, and what each arm of the first seed predicts."""
+    """A test case of each modality: scan, target, and what each arm of the first seed predicts."""
     config = read_config(run)
     seed, device = config.seeds[0], torch.device("cpu")
-    ranks = Ranks(fedgin.hospital_names(config), timeout=60)
-    hospitals = fedgin.load_hospitals(config, ranks)[seed]
+    hospitals = load_hospitals(config)[0][seed]
     arms = [label for label in fedgin.run_labels(config) if " " not in label]
     arms += [label for label in fedgin.run_labels(config) if label.endswith(config.ratios[-1])]
     cases = {}
     for hospital in hospitals:
         for case in hospital.test:
-            modality = case.case.modality if case.case else hospital.modality
-            cases.setdefault(modality, case)
+            cases.setdefault(case.modality, case)
     columns = 2 + len(dict.fromkeys(arms))
     size = (1.45 * columns, 1.6 * len(cases) + 0.4)
     figure, axes = plt.subplots(
@@ -151,11 +151,11 @@ def predictions(run: Path, path: Path) -> None:
     for row, (modality, case) in zip(axes, cases.items(), strict=True):
         z = best_slice(case.labels)
         show(row[0], case.image[:, :, z], f"{modality.upper()} {case.id}")
-        overlay(row[1], case, case.labels, z, "truth")
+        overlay(row[1], case, case.labels, z, "target")
         for axis, label in zip(row[2:], dict.fromkeys(arms), strict=True):
-            checkpoint = run / fedgin.checkpoint_path(config, label, seed).name
-            model, needs = evaluate.load_model(checkpoint, device)
-            labels = evaluate.segment(model, case.image, needs["patch"], case.labels.shape)
+            checkpoint = run / results.model_path(config, label, seed).name
+            model, model_config = predict.load_model(checkpoint, device)
+            labels = predict.segment(model, case.image, model_config["patch"], case.labels.shape)
             overlay(axis, case, labels, z, label)
     colours = ORGAN_COLOURS[1 : len(config.organs) + 1]
     boxes = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours]
@@ -184,21 +184,22 @@ def overlay(axis, case, labels: np.ndarray, z: int, title: str) -> None:
 def ratios(run: Path, path: Path) -> None:
     """Test Dice by arm and ratio, mean over seeds, with bars of one standard deviation."""
     config = read_config(run)
-    results = json.loads((run / "results.json").read_text(encoding="utf-8"))["results"]
-    summary = evaluate.summarize(results, config.organs)
-    there = list(config.ratios)
+    scores = json.loads((run / "results.json").read_text(encoding="utf-8"))["results"]
+    summary = results.summarize(scores, config.organs)
     arms = list(dict.fromkeys(split_label(label)[0] for label in summary))
     figure, axes = plt.subplots(1, 2, figsize=(7, 2.9), sharey=True, layout="constrained")
     for axis, modality in zip(axes, ("mri", "ct"), strict=True):
         for n, arm in enumerate(arms):
-            labels = [label for label in (f"{arm} {r}" for r in there) if label in summary]
-            labels = labels or [arm] * len(there)  # no ratio of its own, or the run's only one
-            scores = [summary[label]["dice", modality] for label in labels]
-            mean, deviation = np.nan_to_num(np.array(scores), nan=0).T
-            x = np.arange(len(there)) + 0.06 * (n - (len(arms) - 1) / 2)
+            labels = [label for label in (f"{arm} {r}" for r in config.ratios) if label in summary]
+            labels = labels or [arm] * len(
+                config.ratios
+            )  # no ratio of its own, or the run's only one
+            dice = [summary[label]["dice", modality] for label in labels]
+            mean, deviation = np.nan_to_num(np.array(dice), nan=0).T
+            x = np.arange(len(config.ratios)) + 0.06 * (n - (len(arms) - 1) / 2)
             style = {"color": ARM_COLOURS[arm], "label": arm, "capsize": 2, "marker": "o"}
             axis.errorbar(x, mean, deviation, markersize=4, linewidth=1.5, **style)
-        axis.set_xticks(range(len(there)), there)
+        axis.set_xticks(range(len(config.ratios)), config.ratios)
         axis.set_xlabel("MRI : CT training cases")
         axis.set_title(modality.upper())
         axis.set_ylim(0, 1)
@@ -207,11 +208,12 @@ def ratios(run: Path, path: Path) -> None:
     save(figure, path)
 
 
-def main(words: list[str]) -> None:
-    if not words:
+def main(args: list[str]) -> None:
+    if not args:
         gallery(ROOT / "docs/gin.png")
         return
-    run, out = Path(words[0]), Path(words[-1])
+    run, out = Path(args[0]), Path(args[-1])
+    out.mkdir(parents=True, exist_ok=True)
     validation(run, out / "validation.png")
     predictions(run, out / "predictions.png")
     ratios(run, out / "ratios.png")

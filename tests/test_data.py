@@ -1,45 +1,60 @@
-"""Folders in, volumes out: what was written as NIfTI comes back, and bad files are named."""
+"""Cases become volumes on the model's grid, stay in the cache, and patches are drawn from them."""
 
-import json
-import shutil
+import os
+import threading
+import time
 
 import nibabel
 import numpy as np
 import pytest
 import torch
-from conftest import save, truncate, write_amos, write_nnunet, write_totalsegmentator
+from conftest import (
+    awkward_affine,
+    save,
+    truncate,
+    write_amos,
+    write_nnunet,
+    write_totalsegmentator,
+)
 from scipy import ndimage
 
+import data
 from data import (
-    ORGANS,
-    DataError,
-    ahead,
-    check_organs,
-    find_cases,
+    in_parallel,
     load_case,
+    load_cases,
     make_volume,
     normalize,
     patches,
-    read_case,
-    resample_labels,
-    split_cases,
+    prefetch,
+    read_target,
 )
+from datasets import ORGANS, DataError, find_cases
 from phantom import SPACING, phantom
 
+WRITERS = {
+    "totalsegmentator": write_totalsegmentator,
+    "nnunet": write_nnunet,
+    "amos": write_amos,
+}
 
-@pytest.mark.parametrize("layout", ["totalsegmentator", "nnunet", "amos"])
+
+# ----------------------------------------------------------------------------------------- volumes
+
+
+@pytest.mark.parametrize("layout", WRITERS)
 @pytest.mark.parametrize("modality", ["ct", "mri"])
 def test_a_written_phantom_comes_back(layout, modality, tmp_path):
-    write = {"nnunet": write_nnunet, "amos": write_amos, "totalsegmentator": write_totalsegmentator}
-    write[layout](tmp_path, modality, 2)
+    WRITERS[layout](tmp_path, modality, 2)
     cases = find_cases(tmp_path, modality)
     assert {case.layout for case in cases} == {layout}
     assert [case.modality for case in cases] == [modality] * 2
     for index, case in enumerate(cases):
         image, labels = phantom(1, modality, index)
         volume = load_case(case, ORGANS, SPACING)
+        assert (volume.id, volume.modality, volume.case) == (case.id, modality, case)
         np.testing.assert_array_equal(volume.labels, labels)
-        np.testing.assert_array_equal(read_case(case, ORGANS)[1], labels)
+        np.testing.assert_array_equal(read_target(volume, ORGANS, SPACING)[0], labels)
         np.testing.assert_allclose(volume.image, normalize(image, modality), atol=1e-4)
         assert volume.labelled.all()
 
@@ -58,6 +73,20 @@ def test_any_orientation_comes_back_canonical(codes, tmp_path):
     volume = load_case(find_cases(tmp_path)[0], ORGANS, SPACING)
     np.testing.assert_array_equal(volume.labels, labels)
     np.testing.assert_allclose(volume.image, normalize(image, "ct"), atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", WRITERS)
+def test_every_layout_comes_back_through_awkward_affines(layout, tmp_path):
+    WRITERS[layout](tmp_path, "mri", 1)
+    order, flips = (1, 2, 0), (-1, 1, -1)
+    affine = awkward_affine((SPACING,) * 3, flips, order)
+    for path in tmp_path.rglob("*.nii.gz"):
+        save(path, np.transpose(np.asarray(nibabel.load(path).dataobj), order), affine)
+    volume = load_case(find_cases(tmp_path)[0], ORGANS, SPACING)
+    labels = phantom(1, "mri", 0)[1]
+    # Canonical again, but for the flips: column j of the affine runs along ±x of axis order[j].
+    turned = np.flip(labels, [axis for axis in range(3) if flips[axis] < 0])
+    np.testing.assert_array_equal(volume.labels, turned)
 
 
 def test_resampling_agrees_with_scipy(tmp_path):
@@ -79,25 +108,38 @@ def test_resampling_agrees_with_scipy(tmp_path):
     inside = ndimage.map_coordinates((image > 0.1).astype(float), grid, order=1, mode="nearest")
     clear = abs(inside - 0.5) > 1e-3
     np.testing.assert_array_equal(volume.labels[clear], (inside > 0.5)[clear])
-    scan, truth, _ = read_case(find_cases(tmp_path)[0], ORGANS[:1])
-    assert truth.shape == image.shape
-    assert scan.spacing == pytest.approx((1.5, 2.5, 6.0))
+    target, spacing = read_target(volume, ORGANS[:1], 3.0)
+    np.testing.assert_array_equal(target, image > 0.1)
+    assert spacing == pytest.approx((1.5, 2.5, 6.0))
 
 
-def test_labels_survive_the_way_to_another_grid_and_back():
-    labels = phantom(3, "ct", 0)[1]
-    labels = labels.repeat(3, 0).repeat(3, 1).repeat(2, 2)
+def test_what_was_made_is_scored_on_the_models_grid():
+    volume = make_volume("x", "ct", *phantom(1, "ct", 0), np.ones(6, bool))
+    target, spacing = read_target(volume, ORGANS, 9.0)
+    np.testing.assert_array_equal(target, phantom(1, "ct", 0)[1])
+    assert spacing == (9.0, 9.0, 9.0)
 
-    def one_hot(labels):
-        return torch.stack([torch.tensor(labels == label).float() for label in range(6)])
 
-    coarse = resample_labels(one_hot(labels), (64, 70, 50))
-    back = resample_labels(one_hot(coarse), labels.shape)
-    liver = 2 * ((back == 1) & (labels == 1)).sum() / ((back == 1).sum() + (labels == 1).sum())
-    assert liver > 0.97
-    for label in range(1, 6):
-        centre, there = (np.argwhere(x == label).mean(0) for x in (labels, back))
-        np.testing.assert_allclose(there, centre, atol=1.0)
+def test_a_volume_knows_what_its_data_set_labels(tmp_path):
+    labels = {"background": 0, "liver": 6, "spleen": 1}
+    [case] = find_cases(write_nnunet(tmp_path, "mri", 1, labels=labels))
+    volume = load_case(case, ["pancreas", "spleen"], SPACING)
+    assert volume.labelled.tolist() == [True, False, True]
+    np.testing.assert_array_equal(volume.labels, 2 * (phantom(1, "mri", 0)[1] == 3))
+
+
+def test_foreground_voxels_are_of_their_organ_and_the_same_each_time():
+    image, labels = phantom(1, "ct", 0)
+    labels = labels.repeat(2, 0)
+    volume = make_volume("x", "ct", image.repeat(2, 0), labels, np.ones(6, bool))
+    organ, *voxel = volume.foreground_voxels.T
+    np.testing.assert_array_equal(labels[tuple(voxel)], organ)
+    assert len(np.unique(volume.foreground_voxels, axis=0)) == len(organ)
+    counts = [min((labels == n).sum(), data.VOXELS_PER_ORGAN) for n in range(6)]
+    np.testing.assert_array_equal(np.bincount(organ)[1:], counts[1:])
+    assert (labels == 1).sum() > data.VOXELS_PER_ORGAN
+    again = make_volume("y", "ct", image.repeat(2, 0), labels, np.ones(6, bool))
+    np.testing.assert_array_equal(again.foreground_voxels, volume.foreground_voxels)
 
 
 def test_normalization_by_modality():
@@ -114,151 +156,177 @@ def test_normalization_by_modality():
     assert np.isfinite(normalize(np.ones((3, 3), np.float32), "mri")).all()
 
 
-def test_float_masks_and_a_trailing_axis_are_read(tmp_path):
-    write_totalsegmentator(tmp_path, "ct", 1)
-    labels = phantom(1, "ct", 0)[1]
-    for path in tmp_path.rglob("*.nii.gz"):
-        nifti = nibabel.load(path)
-        scale = 1 if path.name == "ct.nii.gz" else 1.0000000591
-        save(path, (nifti.get_fdata() * scale)[..., None])
-    np.testing.assert_array_equal(
-        load_case(find_cases(tmp_path)[0], ORGANS, SPACING).labels, labels
-    )
-
-
-def test_macos_leftovers_are_no_cases(mri_folder, tmp_path):
-    shutil.copytree(mri_folder, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "imagesTr" / "._case_000_0000.nii.gz").write_bytes(b"junk")
-    assert [case.id for case in find_cases(tmp_path)] == [f"case_00{i}" for i in range(4)]
-
-
-# ------------------------------------------------------------------------------------------ splits
-
-
-def ids(cases):
-    return sorted(case.id for case in cases)
-
-
-def test_the_split_of_the_data_set_is_honoured(ct_folder):
-    parts = split_cases(find_cases(ct_folder), seed=1, test_elsewhere=False)
-    assert ids(parts["train"]) == ["s0000", "s0001"]
-    assert ids(parts["val"]) == ["s0002"]
-    assert ids(parts["test"]) == ["s0003"]
-    assert split_cases(find_cases(ct_folder), 1, test_elsewhere=True)["test"] == []
-
-
-def test_other_cases_are_split_by_seed_and_id(tmp_path):
-    for i in range(40):
-        save(tmp_path / f"s{i:04d}" / "mri.nii.gz", np.zeros((2, 2, 2), np.float32))
-    cases = find_cases(tmp_path)
-    parts = split_cases(cases, seed=1, test_elsewhere=False)
-    assert [len(parts[p]) for p in ("train", "val", "test")] == [29, 3, 8]
-    assert ids(case for part in parts.values() for case in part) == ids(cases)
-    assert split_cases(cases[::-1], 1, False) == parts  # the order of reading does not matter
-    assert ids(split_cases(cases, 2, False)["test"]) != ids(parts["test"])
-    few = [split_cases(cases[:n], 1, False) for n in (1, 2, 3, 4)]
-    assert [[len(p[s]) for s in ("train", "val", "test")] for p in few] == [
-        [1, 0, 0],
-        [2, 0, 0],
-        [2, 0, 1],
-        [2, 1, 1],
-    ]
-
-
-def test_validation_is_carved_out_where_only_a_test_split_is_given(tmp_path):
-    for i in range(30):
-        save(tmp_path / f"s{i:04d}" / "mri.nii.gz", np.zeros((2, 2, 2), np.float32))
-    rows = [f"s{i:04d};{'test' if i < 5 else 'train'}" for i in range(30)]
-    (tmp_path / "meta.csv").write_text("\n".join(["image_id;split", *rows]), encoding="utf-8-sig")
-    parts = split_cases(find_cases(tmp_path), seed=3, test_elsewhere=False)
-    assert ids(parts["test"]) == [f"s{i:04d}" for i in range(5)]
-    assert [len(parts["train"]), len(parts["val"])] == [23, 2]
-
-
-# --------------------------------------------------------------------------------------- bad input
-
-
-def test_bad_folders_are_named(tmp_path, mri_folder):
-    with pytest.raises(DataError, match=r"nowhere: no such folder"):
-        find_cases(tmp_path / "nowhere")
-    with pytest.raises(DataError, match=r"no labelled case found; expected"):
-        find_cases(tmp_path)
-    with pytest.raises(DataError, match=r"holds MRI scans only; give it with --mri"):
-        find_cases(mri_folder, "ct")
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        "{",
-        "[]",
-        '{"labels": {}}',
-        '{"channel_names": {"0": "CT"}, "labels": [1], "file_ending": ".x"}',
-    ],
-)
-def test_a_dataset_json_that_makes_no_sense_is_named(content, tmp_path):
-    (tmp_path / "dataset.json").write_text(content)
-    with pytest.raises(DataError, match=r"dataset.json: expected"):
-        find_cases(tmp_path)
-
-
-def test_amos_without_labelled_scans_is_not_taken_for_nnunet(tmp_path):
-    write_amos(tmp_path, "ct", 1)
-    (tmp_path / "imagesTr").rename(tmp_path / "imagesTs")
-    with pytest.raises(DataError, match=r"no labelled case found; expected"):
-        find_cases(tmp_path)
-
-
-def test_several_channels_are_refused(tmp_path):
-    dataset = {"channel_names": {"0": "T1", "1": "T2"}, "labels": {}, "file_ending": ".nii.gz"}
-    (tmp_path / "dataset.json").write_text(json.dumps(dataset))
-    with pytest.raises(DataError, match="has 2 channels"):
-        find_cases(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda p: p.unlink(), "missing"),
-        (truncate, "cannot be read"),
-        (lambda p: p.write_bytes(b"no gzip at all"), "cannot be read"),
-        (lambda p: save(p, np.zeros((4, 5, 6), np.float32)), r"\(4, 5, 6\)"),
-        (lambda p: save(p, np.zeros((4, 5, 6, 2), np.float32)), "expected one 3D volume"),
-        (lambda p: save(p, np.full((32, 32, 32), np.nan, np.float32)), "NaN"),
-    ],
-)
 @pytest.mark.parametrize("name", ["ct", "segmentations/liver"])
-def test_bad_files_are_named(spoil, message, name, tmp_path):
-    write_totalsegmentator(tmp_path, "ct", 1)
-    case = find_cases(tmp_path)[0]
-    spoil(tmp_path / "s0000" / f"{name}.nii.gz")
-    with pytest.raises(DataError, match=message) as error:
+def test_a_bad_file_is_named(name, tmp_path):
+    [case] = find_cases(write_totalsegmentator(tmp_path, "ct", 1))
+    truncate(tmp_path / "s0000" / f"{name}.nii.gz")
+    with pytest.raises(DataError, match=f"s0000/{name}.nii.gz: cannot be read"):
         load_case(case, ORGANS, SPACING)
-    assert str(tmp_path / "s0000") in str(error.value)
 
 
-def test_a_voxel_size_of_zero_is_named(tmp_path):
-    write_totalsegmentator(tmp_path, "ct", 1)
-    path = tmp_path / "s0000" / "ct.nii.gz"
-    nifti = nibabel.Nifti1Image(np.zeros((4, 4, 4), np.float32), None)
-    nifti.header["pixdim"][1:4] = [2, 0, 2]
-    nifti.to_filename(path)
-    with pytest.raises(DataError, match="ct.nii.gz"):
-        load_case(find_cases(tmp_path)[0], ORGANS, SPACING)
+# --------------------------------------------------------------------------------------- the cache
 
 
-def test_organs_that_a_folder_does_not_label(tmp_path):
-    labels = {"background": 0, "liver": 1, "spleen": 2}
-    few = find_cases(write_nnunet(tmp_path / "few", "mri", 1, labels=labels))
-    full = find_cases(write_nnunet(tmp_path / "full", "ct", 1))
-    few, full = (set(cases[0].masks) for cases in (few, full))
-    check_organs({"few": few, "full": full}, ["spleen", "liver"], False)
-    check_organs({"few": few, "full": full}, ORGANS, partial=True)
-    advice = r"few: liver, spleen; full: .*use --organs liver spleen or --partial-labels"
-    with pytest.raises(DataError, match=advice):
-        check_organs({"few": few, "full": full}, ORGANS, partial=False)
-    with pytest.raises(DataError, match=r"not one folder labels .*use --organs liver spleen"):
-        check_organs({"few": few}, ORGANS, partial=True)
+def test_the_cache_holds_what_would_be_read_and_notices_changes(tmp_path):
+    write_totalsegmentator(tmp_path / "ct", "ct", 2)
+    cases, cache = find_cases(tmp_path / "ct"), tmp_path / "cache"
+    volumes, _ = load_cases(cases, ORGANS, 12.0, cache)
+    for case in cases:
+        plain, cached = load_case(case, ORGANS, 12.0), volumes[case.image]
+        for name in ("image", "labels", "foreground_voxels", "labelled"):
+            np.testing.assert_array_equal(getattr(plain, name), getattr(cached, name))
+        for name in ("id", "modality", "case"):
+            assert getattr(plain, name) == getattr(cached, name)
+        assert isinstance(cached.image, np.memmap)
+        target, spacing = read_target(cached, ORGANS, 12.0)
+        assert target.shape == (32, 32, 32)
+        assert spacing == pytest.approx((SPACING,) * 3)
+    entries = sorted(path.name for path in cache.iterdir())
+    assert len(entries) == 2
+
+    stamps = {path: path.stat().st_mtime_ns for path in cache.rglob("*")}
+    load_cases(cases, ORGANS, 12.0, cache)
+    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*")} == stamps  # nothing written
+
+    load_cases(cases, ORGANS, 11.0, cache)
+    load_cases(cases, ORGANS[:2], 12.0, cache)
+    assert len(list(cache.iterdir())) == 6
+    mask = tmp_path / "ct/s0001/segmentations/liver.nii.gz"
+    save(mask, np.zeros((32, 32, 32), np.uint8))
+    again, _ = load_cases(cases, ORGANS, 12.0, cache)
+    assert len(list(cache.iterdir())) == 7
+    assert not (again[cases[1].image].labels == 1).any()
+
+
+@pytest.mark.parametrize("file", ["imagesTr/case_000_0000.nii.gz", "labelsTr/case_000.nii.gz"])
+def test_a_file_that_was_touched_is_read_again(file, tmp_path):
+    cases, cache = find_cases(write_nnunet(tmp_path / "mri", "mri", 1)), tmp_path / "cache"
+    load_cases(cases, ORGANS, 12.0, cache)
+    before = data.fingerprint(cases[0], ORGANS)
+    path = tmp_path / "mri" / file
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1000))  # of the same size still
+    after = data.fingerprint(cases[0], ORGANS)
+    assert [name for (name, *_), new in zip(before, after, strict=True) if new not in before] == [
+        str(path.resolve())
+    ]
+    load_cases(cases, ORGANS, 12.0, cache)
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_the_order_of_organs_makes_another_entry(tmp_path):
+    cases, cache = find_cases(write_nnunet(tmp_path / "mri", "mri", 1)), tmp_path / "cache"
+    for organs in (["liver", "spleen"], ["spleen", "liver"], ["spleen"], ["liver"]):
+        volumes, _ = load_cases(cases, organs, SPACING, cache)
+        target = phantom(1, "mri", 0)[1]
+        labels = sum(n * (target == ORGANS.index(o) + 1) for n, o in enumerate(organs, start=1))
+        np.testing.assert_array_equal(volumes[cases[0].image].labels, labels)
+    assert len(list(cache.iterdir())) == 4
+
+
+def test_a_full_disk_leaves_no_half_entry(tmp_path, monkeypatch):
+    write_totalsegmentator(tmp_path / "ct", "ct", 1)
+    cases, cache, save_array = find_cases(tmp_path / "ct"), tmp_path / "cache", np.save
+
+    def full(path, array):
+        if path.name == "labels.npy":
+            raise OSError(28, "No space left on device")
+        save_array(path, array)
+
+    monkeypatch.setattr(data.np, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        load_cases(cases, ORGANS, 12.0, cache)
+    assert list(cache.iterdir()) == []
+
+
+def test_an_entry_that_another_process_wrote_meanwhile_is_used(tmp_path, monkeypatch):
+    write_totalsegmentator(tmp_path / "ct", "ct", 1)
+    cases, cache = find_cases(tmp_path / "ct"), tmp_path / "cache"
+    other, _ = load_cases(cases, ORGANS, 12.0, tmp_path / "elsewhere")
+
+    def load_slowly(*args):
+        (tmp_path / "elsewhere").rename(cache)
+        return load_case(*args)
+
+    monkeypatch.setattr(data, "load_case", load_slowly)
+    volumes, left_out = load_cases(cases, ORGANS, 12.0, cache)
+    [volume], [entry] = volumes.values(), cache.iterdir()
+    assert left_out == []
+    assert (volume.folder, entry.name) == (entry, other[cases[0].image].folder.name)
+    np.testing.assert_array_equal(volume.labels, load_case(cases[0], ORGANS, 12.0).labels)
+
+
+def test_many_cases_come_back_in_order(tmp_path):
+    write_totalsegmentator(tmp_path / "ct", "ct", 16)
+    cases = find_cases(tmp_path / "ct")
+    volumes, _ = load_cases(cases, ORGANS, 12.0, tmp_path / "cache")
+    assert list(volumes) == [case.image for case in cases]
+    for index in (0, 15):
+        plain = load_case(cases[index], ORGANS, 12.0)
+        np.testing.assert_array_equal(volumes[cases[index].image].image, plain.image)
+
+
+def test_bad_cases_and_repeated_ids_stop_the_loading_or_are_left_out(tmp_path):
+    cases = find_cases(write_nnunet(tmp_path, "mri", 3))
+    truncate(cases[1].image)
+    bad = f"{cases[1].image}: cannot be read"
+    with pytest.raises(DataError, match=rf"{bad}(?s:.*)\(--skip-bad leaves such cases out\)"):
+        load_cases(cases, ORGANS, 12.0)
+    again = cases[0]._replace(image=tmp_path / "again.nii.gz")
+    with pytest.raises(DataError, match=f"{again.image}: the id case_000 stands in this folder"):
+        load_cases([cases[0], again], ORGANS, 12.0)
+    volumes, left_out = load_cases([*cases, again], ORGANS, 12.0, skip_bad=True)
+    assert list(volumes) == [cases[0].image, cases[2].image]
+    assert len(left_out) == 2
+    assert left_out[0].startswith(f"{again.image}: the id case_000")
+    assert left_out[1].startswith(bad)
+
+
+def test_the_first_bad_case_ends_the_reading(tmp_path, monkeypatch):
+    cases = find_cases(write_nnunet(tmp_path, "mri", 1)) * 1000
+    cases = [case._replace(id=f"case_{i:03d}") for i, case in enumerate(cases)]
+    read = []
+
+    def load(case, *args):
+        read.append(case.id)
+        time.sleep(0.01)
+        raise DataError(f"{case.id} is bad")
+
+    monkeypatch.setattr(data, "load_case", load)
+    with pytest.raises(DataError, match="case_000 is bad"):
+        load_cases(cases, ORGANS, 12.0)
+    assert len(read) < 100
+    count = len(read)
+    time.sleep(0.05)
+    assert len(read) == count
+
+
+def test_jobs_run_side_by_side_and_come_back_in_order(monkeypatch):
+    monkeypatch.setattr(data.os, "sched_getaffinity", lambda _: range(3), raising=False)
+    together = threading.Barrier(3, timeout=10)
+
+    def work(job):
+        together.wait()  # returns once three of them are here
+        time.sleep(0.01 * (6 - job))
+        return 10 * job
+
+    assert list(in_parallel(work, range(6), "working")) == [0, 10, 20, 30, 40, 50]
+
+
+def test_whoever_stops_listening_cancels_the_jobs_to_come(monkeypatch):
+    monkeypatch.setattr(data.os, "sched_getaffinity", lambda _: range(1), raising=False)
+    done = []
+
+    def work(job):
+        done.append(job)
+        time.sleep(0.01)
+
+    results = in_parallel(work, range(1000), "working")
+    next(results)
+    results.close()
+    assert len(done) < 100
+    count = len(done)
+    time.sleep(0.05)
+    assert len(done) == count
 
 
 # ----------------------------------------------------------------------------------------- patches
@@ -269,7 +337,7 @@ def numbered_volume(shape, organ_at=()):
     labels = np.zeros(shape, np.uint8)
     for label, voxel in enumerate(organ_at, start=1):
         labels[voxel] = label
-    return make_volume("x", image, labels, np.array([True, True, False]))
+    return make_volume("x", "ct", image, labels, np.array([True, True, False]))
 
 
 def test_patches_are_windows_of_the_volume():
@@ -290,11 +358,20 @@ def test_patches_are_windows_of_the_volume():
 def test_half_of_the_patches_is_centred_on_organs_each_as_often():
     volume = numbered_volume((64, 64, 64), [(5, 5, 5), (40, 40, 40)])
     volume.labels[38:42, 38:42, 38:42] = 2  # the second organ is far larger
-    volume = make_volume("x", volume.image, volume.labels, volume.labelled)
+    volume = make_volume("x", "ct", volume.image, volume.labels, volume.labelled)
     seen = np.zeros(2)
     for _, labels, _ in patches([volume], 4, 10, 100, torch.Generator().manual_seed(0)):
         seen += [(labels == label).flatten(1).any(1).sum() for label in (1, 2)]
     np.testing.assert_allclose(seen / 1000, [0.25, 0.25], atol=0.05)
+
+
+def test_cases_are_drawn_with_equal_chance():
+    volumes = [numbered_volume((n, 8, 8)) for n in (8, 16, 32)]
+    volumes = [v._replace(image=np.full_like(v.image, i)) for i, v in enumerate(volumes)]
+    seen = torch.zeros(3)
+    for images, *_ in patches(volumes, 4, 10, 90, torch.Generator().manual_seed(0)):
+        seen += torch.bincount(images[:, 0, 0, 0, 0].long(), minlength=3)
+    np.testing.assert_allclose(seen / 900, [1 / 3] * 3, atol=0.05)
 
 
 def test_small_volumes_are_padded_and_any_can_be_drawn():
@@ -322,16 +399,49 @@ def test_patches_depend_on_the_generator_alone():
     assert runs[0] == runs[1] != runs[2]
 
 
-def test_drawing_ahead_changes_nothing_and_passes_errors_on():
+def test_prefetching_changes_nothing_and_passes_errors_on():
     volume = numbered_volume((20, 20, 20), [(3, 3, 3)])
 
     def drawn(volumes):
         return patches(volumes, 8, 2, 6, torch.Generator().manual_seed(1))
 
-    pairs = zip(drawn([volume]), ahead(drawn([volume]), pin=False), strict=True)
+    pairs = list(zip(drawn([volume]), prefetch(drawn([volume]), pin=False), strict=True))
+    assert len(pairs) == 6
     assert all(
         torch.equal(a, b) for plain, early in pairs for a, b in zip(plain, early, strict=True)
     )
     poisoned = volume._replace(image=np.full_like(volume.image, np.nan))
     with pytest.raises(DataError, match="case x: .* NaN"):
-        list(ahead(drawn([poisoned]), pin=False))
+        list(prefetch(drawn([poisoned]), pin=False))
+
+
+def test_the_next_batch_is_drawn_while_this_one_is_in_use():
+    second_begun = threading.Event()
+
+    def batches():
+        yield (torch.zeros(1),)
+        second_begun.set()
+        yield (torch.ones(1),)
+
+    following = prefetch(batches(), pin=False)
+    [first] = next(following)
+    assert second_begun.wait(timeout=10)
+    assert first.item() == 0
+    assert [batch[0].item() for batch in following] == [1]
+
+
+def test_every_part_of_a_batch_is_pinned_if_wanted(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda part: part + 1)  # as no GPU may be here
+    batches = [(torch.zeros(2), torch.ones(3)), (torch.full((1,), 4), torch.full((1,), 6))]
+    pinned = list(prefetch(iter(batches), pin=True))
+    for a, b in zip(batches, pinned, strict=True):
+        assert all(torch.equal(x + 1, y) for x, y in zip(a, b, strict=True))
+
+
+def test_a_cache_that_is_gone_names_the_case(tmp_path):
+    cases = find_cases(write_nnunet(tmp_path / "mri", "mri", 1))
+    volumes, _ = load_cases(cases, ORGANS, 12.0, tmp_path / "cache")
+    for path in (tmp_path / "cache").rglob("image.npy"):
+        path.unlink()
+    with pytest.raises(DataError, match="case case_000: .*image.npy"):
+        next(patches(list(volumes.values()), 8, 1, 1, torch.Generator().manual_seed(0)))

@@ -1,4 +1,4 @@
-"""Sliding window against models whose answer is known; Dice by counting; the table by hand."""
+"""Sliding window against models whose answer is known; metrics by counting and by MONAI's."""
 
 import math
 
@@ -8,11 +8,11 @@ import torch
 from monai.metrics import compute_dice, compute_hausdorff_distance, compute_surface_dice
 from scipy import ndimage
 
-from evaluate import dice, hd95, nsd, score_case, sliding_window, summarize, table
+from evaluate import dice, hd95, mixed_precision, nsd, score_case, sliding_window
 
 
-def count_dice(pred, label):
-    pairs = list(zip(pred.flatten().tolist(), label.flatten().tolist(), strict=True))
+def count_dice(prediction, target):
+    pairs = list(zip(prediction.flatten().tolist(), target.flatten().tolist(), strict=True))
     both, size = sum(p and t for p, t in pairs), sum(p + t for p, t in pairs)
     return 2 * both / size
 
@@ -20,9 +20,9 @@ def count_dice(pred, label):
 def test_dice_by_counting():
     rng = np.random.default_rng(0)
     for shape in ((7,), (5, 6), (4, 5, 3)):
-        pred, label = rng.random(shape) < 0.4, rng.random(shape) < 0.6
-        assert dice(pred, label) == pytest.approx(count_dice(pred, label))
-        assert dice(torch.tensor(pred), torch.tensor(label)) == dice(pred, label)
+        prediction, target = rng.random(shape) < 0.4, rng.random(shape) < 0.6
+        assert dice(prediction, target) == pytest.approx(count_dice(prediction, target))
+        assert dice(torch.tensor(prediction), torch.tensor(target)) == dice(prediction, target)
 
 
 def test_dice_of_empty_masks():
@@ -108,20 +108,20 @@ def blob(rng, shape, quantile):
     return field > np.quantile(field, quantile)
 
 
-def monai_distances(pred, label, spacing, tolerance):
-    pred, label = (torch.tensor(mask)[None, None].float() for mask in (pred, label))
+def monai_distances(prediction, target, spacing, tolerance):
+    prediction, target = (torch.tensor(mask)[None, None].float() for mask in (prediction, target))
     settings = {"include_background": True, "spacing": list(spacing)}
-    distance = compute_hausdorff_distance(pred, label, percentile=95, **settings)
-    return distance.item(), compute_surface_dice(pred, label, [tolerance], **settings).item()
+    distance = compute_hausdorff_distance(prediction, target, percentile=95, **settings)
+    return distance.item(), compute_surface_dice(prediction, target, [tolerance], **settings).item()
 
 
-def assert_equals_monai(pred, label, spacing, tolerance=2.0):
-    ours = hd95(pred, label, spacing), nsd(pred, label, spacing, tolerance)
-    assert ours == pytest.approx(
-        monai_distances(pred, label, spacing, tolerance), rel=1e-5, abs=1e-6
+def assert_equals_monai(prediction, target, spacing, tolerance=2.0):
+    found = hd95(prediction, target, spacing), nsd(prediction, target, spacing, tolerance)
+    assert found == pytest.approx(
+        monai_distances(prediction, target, spacing, tolerance), rel=1e-5, abs=1e-6
     )
-    both = (torch.tensor(mask)[None, None].float() for mask in (pred, label))
-    assert dice(pred, label) == pytest.approx(compute_dice(*both).item(), rel=1e-5)
+    both = (torch.tensor(mask)[None, None].float() for mask in (prediction, target))
+    assert dice(prediction, target) == pytest.approx(compute_dice(*both).item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -142,9 +142,9 @@ def test_metrics_agree_with_monai_on_odd_masks():
     empty = np.zeros((6, 7, 8), bool)
     one, other, full, slab = (empty.copy() for _ in range(4))
     one[0, 0, 0], other[5, 6, 7], full[:], slab[:, :, 3] = True, True, True, True
-    for pred in (one, other, full, slab):
-        for label in (one, other, full, slab):
-            assert_equals_monai(pred, label, spacing, tolerance=3.0)
+    for prediction in (one, other, full, slab):
+        for target in (one, other, full, slab):
+            assert_equals_monai(prediction, target, spacing, tolerance=3.0)
     assert hd95(one, other, spacing) == pytest.approx(math.sqrt(5**2 + 12**2 + 21**2))
 
 
@@ -162,15 +162,23 @@ def brute_force_surface(mask):
 
 def test_distances_by_brute_force():
     rng, spacing = np.random.default_rng(5), np.array([1.0, 0.5, 4.0])
-    pred, label = blob(rng, (9, 10, 6), 0.8), blob(rng, (9, 10, 6), 0.7)
-    a, b = brute_force_surface(pred) * spacing, brute_force_surface(label) * spacing
+    prediction, target = blob(rng, (9, 10, 6), 0.8), blob(rng, (9, 10, 6), 0.7)
+    a, b = brute_force_surface(prediction) * spacing, brute_force_surface(target) * spacing
     distances = np.linalg.norm(a[:, None] - b[None], axis=2)
     there, back = np.sort(distances.min(1)), np.sort(distances.min(0))
-    assert hd95(pred, label, spacing) == pytest.approx(
+    assert hd95(prediction, target, spacing) == pytest.approx(
         max(np.percentile(d, 95) for d in (there, back))
     )
     within = (there <= 1.0).sum() + (back <= 1.0).sum()
-    assert nsd(pred, label, spacing, 1.0) == pytest.approx(within / (len(a) + len(b)))
+    assert nsd(prediction, target, spacing, 1.0) == pytest.approx(within / (len(a) + len(b)))
+
+
+def test_only_where_the_organs_lie_is_looked_at():
+    """Two small organs deep in a volume, far from its rim and from one another."""
+    prediction, target = (np.zeros((50, 60, 40), bool) for _ in range(2))
+    prediction[20:24, 30:33, 10:15] = True
+    target[22:27, 31:40, 20:23] = True
+    assert_equals_monai(prediction, target, (0.8, 0.7, 2.5))
 
 
 def test_distances_of_empty_masks():
@@ -187,10 +195,10 @@ def test_distances_of_empty_masks():
 
 
 def test_scores_of_a_case_by_hand():
-    truth = np.array([[0, 1, 1, 2, 0, 0]])
-    pred = np.array([[0, 1, 0, 0, 3, 0]])
+    target = np.array([[0, 1, 1, 2, 0, 0]])
+    prediction = np.array([[0, 1, 0, 0, 3, 0]])
     organs = ["liver", "spleen", "pancreas", "kidneys", "gallbladder"]
-    scores = score_case(pred, truth, organs, (1.0, 2.0), labelled=[True] * 5 + [False])
+    scores = score_case(prediction, target, organs, (1.0, 2.0), labelled=[True] * 5 + [False])
     liver = {
         "outcome": "scored",
         "dice": pytest.approx(2 / 3),
@@ -206,44 +214,8 @@ def test_scores_of_a_case_by_hand():
     assert scores["gallbladder"] == {"outcome": "unlabelled"}
 
 
-def result(seed, modality, **organs):
-    scores = {
-        organ: {"outcome": "scored", "dice": d, "hd95": 10 * d, "nsd": d / 2}
-        if d is not None
-        else {"outcome": "absent"}
-        for organ, d in organs.items()
-    }
-    return {"arm": "fl", "seed": seed, "modality": modality, "case": "x", "scores": scores}
-
-
-def test_means_and_deviations_by_hand():
-    # liver (0.5 + 1.0) / 2, spleen scored once: the mean over organs of the means over cases
-    results = [result(1, "mri", liver=0.5, spleen=None), result(1, "mri", liver=1.0, spleen=0.25)]
-    summary = summarize(results, ["liver", "spleen"])["fl"]
-    assert summary["dice", "mri"][0] == pytest.approx((0.75 + 0.25) / 2)
-    assert summary["hd95", "mri"][0] == pytest.approx((7.5 + 2.5) / 2)
-    counts = [summary[outcome, "mri"][0] for outcome in ("scored", "missed", "absent")]
-    assert counts == [3, 0, 1]
-    results = [result(s, m, liver=d) for s, m, d in ((1, "mri", 0.2), (2, "mri", 0.6))]
-    results += [result(s, m, liver=d) for s, m, d in ((1, "ct", 1.0), (2, "ct", 0.8))]
-    summary = summarize(results, ["liver"])
-    assert summary["fl"]["dice", "mri"] == pytest.approx((0.4, math.sqrt(0.08)))
-    assert summary["fl"]["dice", "ct"] == pytest.approx((0.9, math.sqrt(0.02)))
-    assert summary["fl"]["mean"] == pytest.approx((0.65, math.sqrt(2 * 0.05**2)))
-    lines = table(summary, ["liver"]).splitlines()
-    assert lines[0].split("|")[1:4] == [" arm ", " MRI Dice      ", " CT Dice       "]
-    assert lines[2] == "| fl  | 0.400 ± 0.283 | 0.900 ± 0.141 | 0.650 ± 0.071 | 0.40 / 0.90    |"
-    cells = [cell.strip() for cell in lines[6].strip("|").split("|")]
-    assert cells[:5] == ["fl", "4.0 ± 2.8", "9.0 ± 1.4", "0.200 ± 0.141", "0.450 ± 0.071"]
-    assert cells[5:] == ["1 / 1", "0 / 0", "0 / 0"]
-
-
-def test_the_table_shows_what_was_not_scored():
-    row = table(summarize([result(1, "ct", liver=0.5)], ["liver"]), ["liver"]).splitlines()[2]
-    assert [cell.strip() for cell in row.strip("|").split("|")] == [
-        "fl",
-        "–",
-        "0.500",
-        "–",
-        "– / 0.50",
-    ]
+def test_mixed_precision_is_for_gpus_that_compute_in_it(monkeypatch):
+    assert mixed_precision(torch.device("cpu")) is None
+    for capable, dtype in ((True, torch.bfloat16), (False, None)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda capable=capable, **_: capable)
+        assert mixed_precision(torch.device("cuda")) is dtype

@@ -1,14 +1,16 @@
-"""FedAvg against numbers worked by hand, centralized training, and the pooled gradient."""
+"""FedAvg against numbers worked by hand, exact sums, centralized training, the pooled gradient."""
 
 import copy
 import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from federated import federated_rounds, train_locally, weighted_average
+from federated import Client, federated_rounds, train_locally, weighted_average
 
 
 def test_unequal_n_k_by_hand():
@@ -56,7 +58,7 @@ def test_reads_once_keeps_one_state_and_leaves_it_untouched():
 
     def clients():
         for value in (1.0, 2.0, 6.0):
-            state["w"].fill_(value)  # the same tensor each time, as in the round loop
+            state["w"].fill_(value)  # the same tensor each time
             yield state, 1
 
     mean = weighted_average(clients())
@@ -73,23 +75,109 @@ def test_bad_n_k_is_refused(n_k):
 
 
 @pytest.mark.parametrize(
-    ("second", "message"),
+    ("second", "error", "message"),
     [
-        ({}, "state 1: keys differ .* w"),
-        ({"w": torch.ones(2), "v": torch.ones(1)}, "state 1: keys differ .* v"),
-        ({"w": torch.ones(3)}, r"state 1: w has shape \(3,\), not \(2,\)"),
-        ({"w": torch.tensor([1.0, math.nan])}, "state 1: w .* NaN or infinite"),
-        ({"w": torch.tensor([1.0, -math.inf])}, "state 1: w .* NaN or infinite"),
+        ({}, ValueError, "state 1: keys differ .* w"),
+        ({"w": torch.ones(2), "v": torch.ones(1)}, ValueError, "state 1: keys differ .* v"),
+        ({"w": torch.ones(3)}, ValueError, r"state 1: w has shape \(3,\), not \(2,\)"),
+        ({"w": torch.tensor([1.0, math.nan])}, FloatingPointError, "state 1: w .* NaN or infinite"),
+        ({"w": torch.tensor([1.0, -math.inf])}, FloatingPointError, "1: w .* NaN or infinite"),
     ],
 )
-def test_states_that_do_not_fit_are_refused(second, message):
-    with pytest.raises(ValueError, match=message):
+def test_states_that_do_not_fit_are_refused(second, error, message):
+    with pytest.raises(error, match=message):
         weighted_average([({"w": torch.ones(2)}, 1), (second, 1)])
 
 
-def test_nothing_to_average_is_refused():
+@pytest.mark.parametrize("pairs", [[], [({}, 1)]])
+def test_nothing_to_average_is_refused(pairs):
     with pytest.raises(ValueError, match="nothing to average"):
-        weighted_average([])
+        weighted_average(pairs)
+
+
+# ------------------------------------------------- what must hold of an average for any clients
+
+finite = st.floats(-1e6, 1e6, width=32)
+n_k = st.integers(1, 10**6)
+clients = st.lists(st.tuples(st.tuples(finite, finite, finite), n_k), min_size=1, max_size=20)
+
+
+def states(pairs):
+    """State dicts of a float32 matrix, a float64 scalar, a half and an integer, with their n_k."""
+    return [
+        (
+            {
+                "a.weight": torch.tensor([[a, b]], dtype=torch.float32),
+                "a.scale": torch.tensor(c, dtype=torch.float64),
+                "b.half": torch.tensor([c / 100], dtype=torch.float16),
+                "b.count": torch.tensor(int(a), dtype=torch.int64),
+            },
+            n,
+        )
+        for (a, b, c), n in pairs
+    ]
+
+
+def assert_states_close(a, b):
+    assert a.keys() == b.keys()
+    for key in a:
+        torch.testing.assert_close(a[key].double(), b[key].double(), rtol=1e-6, atol=1e-2)
+
+
+@given(clients, st.randoms())
+@settings(max_examples=50, deadline=None)
+def test_the_order_of_clients_does_not_matter(pairs, draw):
+    shuffled = list(pairs)
+    draw.shuffle(shuffled)
+    assert_states_close(weighted_average(states(pairs)), weighted_average(states(shuffled)))
+
+
+@given(clients, st.integers(1, 1000))
+@settings(max_examples=50, deadline=None)
+def test_only_the_ratios_of_n_k_matter(pairs, factor):
+    scaled = [(values, n * factor) for values, n in pairs]
+    assert_states_close(weighted_average(states(pairs)), weighted_average(states(scaled)))
+
+
+@given(st.tuples(finite, finite, finite), st.lists(n_k, min_size=1, max_size=40))
+@settings(max_examples=50, deadline=None)
+def test_identical_states_come_back_exactly(values, weights):
+    state = states([(values, 1)])[0][0]
+    mean = weighted_average((state, n) for n in weights)
+    assert all(torch.equal(mean[key], state[key]) for key in state if key != "a.scale")
+    torch.testing.assert_close(mean["a.scale"], state["a.scale"], rtol=1e-14, atol=0)
+
+
+@given(clients)
+@settings(max_examples=50, deadline=None)
+def test_it_is_the_exact_mean_rounded_once(pairs):
+    """Against exact sums (math.fsum) of each number, within one rounding of its dtype."""
+    mean, total = weighted_average(states(pairs)), sum(n for _, n in pairs)
+    exact = [math.fsum(v[i] * n for v, n in pairs) / total for i in range(3)]
+    scale = max(abs(x) for v, _ in pairs for x in v) + 1e-30
+    for value, expected in zip(mean["a.weight"][0].tolist(), exact[:2], strict=True):
+        assert abs(value - expected) <= 2**-24 * abs(expected) + 1e-12 * scale
+    assert abs(mean["a.scale"].item() - exact[2]) <= 1e-12 * scale
+    low, high = min(int(v[0]) for v, _ in pairs), max(int(v[0]) for v, _ in pairs)
+    assert low <= mean["b.count"].item() <= high
+
+
+@given(st.tuples(finite, finite, finite), n_k)
+@settings(max_examples=30, deadline=None)
+def test_one_client_is_left_as_it_is(values, n):
+    [(state, _)] = states([(values, n)])
+    mean = weighted_average([(state, n)])
+    assert all(torch.equal(mean[key], state[key]) for key in state if key != "a.scale")
+    torch.testing.assert_close(mean["a.scale"], state["a.scale"], rtol=1e-14, atol=0)
+
+
+def test_a_thousand_clients():
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(1000, 5, generator=generator)
+    sizes = torch.randint(1, 100, (1000,), generator=generator)
+    mean = weighted_average(({"w": w}, n.item()) for w, n in zip(weights, sizes, strict=True))["w"]
+    exact = (weights.double() * sizes[:, None]).sum(0) / sizes.sum()
+    torch.testing.assert_close(mean, exact.float(), rtol=1e-7, atol=0)
 
 
 # ------------------------------------------------------------------------------- the round loop
@@ -108,20 +196,33 @@ def some_batches(n, seed, size=6):
     ]
 
 
+def client(n_k, name):
+    """A client whose batches are its name and the round, for a `train` that makes use of those."""
+    return Client(n_k, lambda round_: (name, round_), F.mse_loss)
+
+
+def scalar(value=1.0):
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(model.weight, value)
+    return model
+
+
+def rates(round_):
+    return 0.1 / round_
+
+
 def test_one_client_is_centralized_training_exactly():
     federated, central = small_model(), small_model()
     batches = {round_: some_batches(4, seed=round_) for round_ in (1, 2, 3)}
-    for _ in federated_rounds(
-        federated,
-        {"only": 7},
-        lambda _, r: train_locally(federated, batches[r], F.mse_loss, lr=0.01),
-        3,
-    ):
-        pass
-    for round_ in (1, 2, 3):
-        train_locally(central, batches[round_], F.mse_loss, lr=0.01)
-    for ours, theirs in zip(federated.parameters(), central.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
+    only = {"only": Client(7, batches.get, F.mse_loss)}
+    losses = [loss["only"] for _, loss in federated_rounds(federated, only, 3, rates)]
+    expected = [
+        train_locally(central, batches[round_], F.mse_loss, lr=rates(round_))
+        for round_ in (1, 2, 3)
+    ]
+    assert losses == expected
+    for a, b in zip(federated.parameters(), central.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_two_hospitals_with_one_sgd_step_equal_the_pooled_gradient():
@@ -130,57 +231,158 @@ def test_two_hospitals_with_one_sgd_step_equal_the_pooled_gradient():
     batches = {"a": some_batches(1, 1, size=5)[0], "b": some_batches(1, 2, size=15)[0]}
     batches = {name: (x.double(), y.double()) for name, (x, y) in batches.items()}
 
-    def train(name, round_):
-        x, y = batches[name]
-        loss = F.mse_loss(federated(x), y)
-        federated.zero_grad()
+    def train(model, batches, loss_function, lr):
+        x, y = batches
+        loss = loss_function(model(x), y)
+        model.zero_grad()
         loss.backward()
-        torch.optim.SGD(federated.parameters(), lr=0.1).step()
+        torch.optim.SGD(model.parameters(), lr=lr).step()
         return loss.item()
 
-    ((_, losses),) = federated_rounds(federated, {"a": 5, "b": 15}, train, rounds=1)
+    clients = {
+        "a": Client(5, lambda _: batches["a"], F.mse_loss),
+        "b": Client(15, lambda _: batches["b"], F.mse_loss),
+    }
+    ((_, losses),) = federated_rounds(federated, clients, 1, rates, train=train)
     x, y = (torch.cat(parts) for parts in zip(*batches.values(), strict=True))
-    loss = F.mse_loss(pooled(x), y)
-    loss.backward()
-    torch.optim.SGD(pooled.parameters(), lr=0.1).step()
-    for ours, theirs in zip(federated.parameters(), pooled.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
-    assert (5 * losses["a"] + 15 * losses["b"]) / 20 == pytest.approx(loss.item())
+    loss = train(pooled, (x, y), F.mse_loss, lr=0.1)
+    for a, b in zip(federated.parameters(), pooled.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+    assert (5 * losses["a"] + 15 * losses["b"]) / 20 == pytest.approx(loss)
 
 
 def test_each_hospital_starts_from_the_global_weights_in_order():
-    model, seen = nn.Linear(1, 1, bias=False), []
-    nn.init.constant_(model.weight, 1.0)
+    model, seen = scalar(), []
 
-    def train(name, round_):
-        seen.append((round_, name, model.weight.item()))
+    def train(model, batches, loss_function, lr):
+        seen.append((*batches, lr, model.weight.item()))
         with torch.no_grad():
-            model.weight += {"a": 1.0, "b": 4.0}[name]
+            model.weight += {"a": 1.0, "b": 4.0}[batches[0]]
         return 0.5
 
-    rounds = list(federated_rounds(model, {"a": 2, "b": 1}, train, rounds=2))
+    clients = {"a": client(2, "a"), "b": client(1, "b")}
+    rounds = list(federated_rounds(model, clients, 2, rates, train=train))
     assert rounds == [(1, {"a": 0.5, "b": 0.5}), (2, {"a": 0.5, "b": 0.5})]
     # (2 · 2 + 1 · 5) / 3 = 3 after the first round, (2 · 4 + 1 · 7) / 3 = 5 after the second
-    assert seen == [(1, "a", 1.0), (1, "b", 1.0), (2, "a", 3.0), (2, "b", 3.0)]
+    assert seen == [
+        ("a", 1, 0.1, 1.0),
+        ("b", 1, 0.1, 1.0),
+        ("a", 2, 0.05, 3.0),
+        ("b", 2, 0.05, 3.0),
+    ]
     assert model.weight.item() == 5.0
 
 
-def test_a_failure_names_round_and_hospital():
-    model = nn.Linear(1, 1)
+def test_a_model_goes_on_after_the_rounds_that_it_went_through():
+    """4 rounds in a row, and 4 of which the last two come later, in another model: the same."""
+    through, first, later = small_model(), small_model(), small_model()
+    clients = {
+        k: Client(n, lambda round_, n=n: some_batches(2, seed=10 * round_ + n), F.mse_loss)
+        for k, n in (("a", 1), ("b", 3))
+    }
+    whole = list(federated_rounds(through, clients, 4, rates))
+    list(federated_rounds(first, clients, 2, rates))
+    later.load_state_dict(first.state_dict())
+    assert list(federated_rounds(later, clients, 4, rates, start=2)) == whole[2:]
+    assert all(map(torch.equal, later.parameters(), through.parameters()))
+    assert list(federated_rounds(later, clients, 4, rates, start=4)) == []
 
-    def poison(name, round_):
-        if (name, round_) == ("south", 2):
+
+def add(model, batches, loss_function, lr):
+    with torch.no_grad():
+        model.weight += batches[0]
+    return 0.5
+
+
+def test_an_average_may_keep_all_states():
+    """The median of hospitals that add 1, 4 and 100: not the last one's three times."""
+
+    def median(pairs):
+        kept = [state for state, _ in list(pairs)]
+        found.append([state["weight"].item() for state in kept])
+        return {k: torch.stack([s[k] for s in kept]).median(dim=0).values for k in kept[0]}
+
+    model, found = scalar(), []
+    clients = {f"adds {n}": client(1, n) for n in (1.0, 4.0, 100.0)}
+    for _ in federated_rounds(model, clients, 2, rates, train=add, average=median):
+        pass
+    assert found == [[2.0, 5.0, 101.0], [6.0, 9.0, 105.0]]
+    assert model.weight.item() == 9.0
+
+
+def test_an_average_gets_n_k_and_may_spoil_its_states():
+    def spoil(pairs):
+        kept = list(pairs)
+        assert [n_k for _, n_k in kept] == [2, 5]
+        for state, _ in kept[1:]:
+            state["weight"].fill_(-1)
+        return kept[0][0]
+
+    model = scalar()
+    clients = {"a": client(2, 1.0), "b": client(5, 4.0)}
+    for _ in federated_rounds(model, clients, 1, rates, train=add, average=spoil):
+        pass
+    assert model.weight.item() == 2.0
+
+
+def constant(loss):
+    return lambda model, batches, loss_function, lr: loss
+
+
+def failure(clients, train, error, match, **more):
+    """The notes of what the rounds raise."""
+    with pytest.raises(error, match=match) as caught:
+        list(federated_rounds(scalar(), clients, 3, rates, train=train, **more))
+    assert type(caught.value) is error
+    return caught.value.__notes__
+
+
+def test_a_failure_keeps_its_type_and_notes_round_and_hospital():
+    compass = {name: client(1, name) for name in ("north", "south", "west")}
+
+    def poison(model, batches, loss_function, lr):
+        if batches == ("south", 2):
             nn.init.constant_(model.weight, math.nan)
         return 0.1
 
-    with pytest.raises(
-        RuntimeError, match="round 2, hospital south: .*weight has weights that are NaN"
-    ):
-        list(federated_rounds(model, {"north": 1, "south": 1, "west": 1}, poison, 3))
-    with pytest.raises(RuntimeError, match="round 1, hospital north: the loss is nan"):
-        list(federated_rounds(nn.Linear(1, 1), {"north": 1}, lambda *_: math.nan, 3))
-    with pytest.raises(RuntimeError, match="round 1, hospital north: state 0: n_k"):
-        list(federated_rounds(nn.Linear(1, 1), {"north": 0}, lambda *_: 0.1, 3))
+    def stumble(model, batches, loss_function, lr):
+        if batches == ("west", 3):
+            raise ConnectionResetError("the disk is gone")
+        return 0.1
+
+    notes = failure(compass, poison, FloatingPointError, "weight has weights that are NaN")
+    assert notes == ["round 2, hospital south"]
+    notes = failure(compass, stumble, ConnectionResetError, "the disk is gone")
+    assert notes == ["round 3, hospital west"]
+    for loss in (math.nan, math.inf):
+        notes = failure(compass, constant(loss), FloatingPointError, f"the loss is {loss}")
+        assert notes == ["round 1, hospital north"]
+    notes = failure({"north": client(0, "north")}, constant(0.1), ValueError, "state 0: n_k")
+    assert notes == ["round 1, hospital north"]
+    notes = failure({}, constant(0.1), ValueError, "nothing to average")
+    assert notes == ["round 1, hospital none"]
+
+
+def test_a_failure_of_the_average_names_the_hospital_before_it():
+    def refuse(pairs):
+        list(pairs)
+        raise KeyError("weight")
+
+    compass = {name: client(1, name) for name in ("north", "south")}
+    notes = failure(compass, constant(0.1), KeyError, "weight", average=refuse)
+    assert notes == ["round 1, hospital south"]
+
+
+def test_a_failure_of_the_batches_is_noted_too():
+    def broken(round_):
+        yield from some_batches(1, 0)
+        raise OSError(f"cannot be read in round {round_}")
+
+    clients = {"a": Client(1, lambda _: some_batches(1, 0), F.mse_loss)}
+    clients["b"] = Client(1, broken, F.mse_loss)
+    with pytest.raises(OSError, match="cannot be read in round 1") as caught:
+        list(federated_rounds(small_model(), clients, 3, rates))
+    assert caught.value.__notes__ == ["round 1, hospital b"]
 
 
 # ------------------------------------------------------------------------------- local training
@@ -197,10 +399,10 @@ def test_local_training_is_adamw_with_clipping():
     assert norm > 1
     returned = train_locally(model, [(x, 100 * y)], F.mse_loss, lr=0.01, weight_decay=0.1)
     assert returned == pytest.approx(loss.item())
-    for ours, start in zip(model.parameters(), reference.parameters(), strict=True):
+    for w, start in zip(model.parameters(), reference.parameters(), strict=True):
         gradient = start.grad / (norm + 1e-6)
         expected = start * (1 - 0.01 * 0.1) - 0.01 * gradient / (gradient.abs() + 1e-8)
-        torch.testing.assert_close(ours, expected)
+        torch.testing.assert_close(w, expected)
 
 
 def test_local_training_learns():

@@ -1,84 +1,140 @@
-"""The command as a user meets it: arms, results, repeatability, and what it says of bad input."""
+"""Runs as a user meets them: who trains on what, the loss by hand, faults, the same bits again."""
 
 import csv
+import functools
+import itertools
 import json
+import math
+import os
+import resource
 import runpy
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from conftest import truncate, write_nnunet, write_totalsegmentator
+from tiny import assert_same, outcome
+from torch import nn
 
 import data
-import evaluate
 import fedgin
-from federated import Ranks
+import predict
+import results
+from datasets import DataError
+from evaluate import dice, score_case
+from hospitals import Hospital, load_hospitals
 from phantom import SPACING, phantom
+from unet3d import UNet3D
 
 TINY = ["--rounds", "2", "--local-steps", "2", "--batch-size", "2"]
 TINY += ["--patch", "32", "--width", "2", "--depth", "2"]
 ARMS = ["mri-only", "fedgin"]
+CPU = torch.device("cpu")
 
 
-def command(*words):
-    return fedgin.main([*TINY, *map(str, words)])
+def command(*args):
+    return fedgin.main([*TINY, *map(str, args)])
 
 
-def config(*words):
-    return fedgin.parse([*TINY, *map(str, words)])
+def config(*args):
+    return fedgin.parse([*TINY, *map(str, args)])
 
 
-def hospitals(seed, *words):
-    settings = config("--seeds", seed, *words)
-    return fedgin.load_hospitals(settings, Ranks(fedgin.hospital_names(settings), 1))[seed]
+def hospitals(seed, *args):
+    by_seed, left_out = load_hospitals(config("--seeds", seed, *args))
+    assert left_out == []
+    return by_seed[seed]
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["weights"]
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys()
+    for key in a:
+        assert torch.equal(a[key], b[key]), key
+
+
+def differ(a, b):
+    return any(not torch.equal(a[key], b[key]) for key in a)
 
 
 @pytest.fixture(scope="module")
 def phantom_run(tmp_path_factory):
     """Arms of each kind on phantoms, two ratios, two seeds."""
     out = tmp_path_factory.mktemp("run") / "results"
-    words = ["--arms", *ARMS, "--ratios", "1:1", "all", "--seeds", "1", "2", "--out", out]
-    assert command(*words) == 0
+    args = ["--arms", *ARMS, "--ratios", "1:1", "all", "--seeds", "1", "2", "--out", out]
+    assert command(*args) == 0
     return out
 
 
+@pytest.mark.slow
 def test_a_run_leaves_what_it_promises(phantom_run):
     names = sorted(path.name for path in phantom_run.iterdir())
-    assert not [name for name in names if name.endswith(".tmp")]
-    assert {"config.json", "results.json", "results.md", "history.csv"} <= set(names)
+    arms = {f"{arm} {ratio}" for arm in ARMS[1:] for ratio in ("1:1", "all")} | {"mri-only"}
+    models = {
+        f"{arm.replace(':', '-').replace(' ', '-')}-seed{n}.pt" for arm in arms for n in (1, 2)
+    }
+    left = {"config.json", "history.csv", "hospitals", "lock", "results.json", "results.md"}
+    assert set(names) == models | left
     saved = json.loads((phantom_run / "config.json").read_text())
     assert saved["seeds"] == [1, 2]
     ct = json.loads((phantom_run / "hospitals/ct.json").read_text())
     assert len(ct["splits"]["1"]["train"]) == 12
-    results = json.loads((phantom_run / "results.json").read_text())["results"]
-    arms = {f"{arm} {ratio}" for arm in ARMS[1:] for ratio in ("1:1", "all")}
-    assert {r["arm"] for r in results} == arms | {"mri-only"}
-    assert len(results) == 3 * 2 * 2 * 8  # arms, seeds, modalities, test cases
+    done = json.loads((phantom_run / "results.json").read_text())
+    assert {r["arm"] for r in done["results"]} == arms
+    assert len(done["results"]) == 3 * 2 * 2 * 8  # arms, seeds, modalities, test cases
+    assert sorted(done["finished"]) == sorted([seed, arm] for seed in (1, 2) for arm in arms)
     report = (phantom_run / "results.md").read_text()
     assert "PHANTOMS" in report.splitlines()[0]
     assert "| fedgin 1:1" in report
-    with (phantom_run / "history.csv").open() as file:
+    with (phantom_run / "history.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 3 * 2 * 2  # arms, seeds, rounds
     assert {row["round"] for row in rows} == {"1", "2"}
     assert all(np.isfinite(float(row["loss"])) for row in rows)
     assert all((row["val_dice_ct"] == "") == row["arm"].startswith("mri") for row in rows)
+    assert [[str(cell) for cell in row] for row in done["history"]] == [
+        list(row.values()) for row in rows
+    ]
 
 
-def test_a_checkpoint_gives_the_results_back(phantom_run):
-    device = torch.device("cpu")
-    model, needs = evaluate.load_model(phantom_run / "fedgin-1-1-seed2.pt", device)
+@pytest.mark.slow
+def test_a_model_gives_the_results_back(phantom_run):
+    model, about = predict.load_model(phantom_run / "fedgin-1-1-seed2.pt", CPU)
     case = hospitals(2)[0].test[0]
-    labels = evaluate.segment(model, case.image, needs["patch"], case.labels.shape)
+    labels = predict.segment(model, case.image, about["patch"], case.labels.shape)
     [saved] = [
         r["scores"]
         for r in json.loads((phantom_run / "results.json").read_text())["results"]
         if (r["arm"], r["seed"], r["case"]) == ("fedgin 1:1", 2, case.id) and r["modality"] == "mri"
     ]
-    assert evaluate.score_case(labels, case.labels, needs["organs"], (SPACING,) * 3) == saved
+    assert score_case(labels, case.labels, about["organs"], (SPACING,) * 3) == saved
 
 
+@pytest.mark.slow
+def test_a_model_is_that_of_the_round_with_the_best_validation(phantom_run):
+    """Its validation Dice, computed anew, is the highest in the history of its training."""
+    saved = torch.load(phantom_run / "mri-only-seed1.pt", weights_only=True)
+    history = json.loads((phantom_run / "results.json").read_text())["history"]
+    dices = {row[2]: row[4] for row in history if row[:2] == [1, "mri-only"]}
+    assert saved["val_dice"] == max(dices.values()) == dices[saved["round"]]
+    model, about = predict.load_model(phantom_run / "mri-only-seed1.pt", CPU)
+    by_organ = {organ: [] for organ in range(1, 6)}
+    for case in hospitals(1)[0].val:
+        labels = predict.segment(model, case.image, about["patch"], case.labels.shape)
+        for organ, found in by_organ.items():
+            found.append(dice(labels == organ, case.labels == organ))
+    assert np.mean([np.mean(found) for found in by_organ.values()]) == pytest.approx(
+        saved["val_dice"], abs=1e-9
+    )
+
+
+@pytest.mark.slow
 def test_pictures_of_a_run(phantom_run, tmp_path):
     figures = runpy.run_path(str(Path(fedgin.__file__).parent / "docs/figures.py"))
     figures["main"]([str(phantom_run), str(tmp_path)])
@@ -87,22 +143,20 @@ def test_pictures_of_a_run(phantom_run, tmp_path):
     assert all(5_000 < size < 300_000 for size in sizes.values())
 
 
+@pytest.mark.slow
 def test_the_same_command_twice_is_bit_identical(tmp_path):
     for name in ("a", "b"):
         assert command("--out", tmp_path / name, "--rounds", 1, "--arms", "fl", "fedgin") == 0
     for arm in ("fl", "fedgin"):
-        a, b = (torch.load(tmp_path / x / f"{arm}.pt", weights_only=True)["weights"] for x in "ab")
-        assert all(torch.equal(a[key], b[key]) for key in a)
+        assert_equal(*(weights(tmp_path / name / f"{arm}.pt") for name in "ab"))
     assert (tmp_path / "a/results.json").read_text() == (tmp_path / "b/results.json").read_text()
-    fl = torch.load(tmp_path / "a/fl.pt", weights_only=True)["weights"]
-    assert not all(torch.equal(a[key], fl[key]) for key in a)
+    assert differ(weights(tmp_path / "a/fl.pt"), weights(tmp_path / "a/fedgin.pt"))
 
 
 def test_gin_probability_0_is_fl(tmp_path):
-    words = ["--out", tmp_path, "--rounds", 1, "--arms", "fl", "fedgin", "--gin-probability", 0]
-    assert command(*words) == 0
-    fl, fedgin_ = (torch.load(tmp_path / f"{a}.pt", weights_only=True) for a in ("fl", "fedgin"))
-    assert all(torch.equal(fl["weights"][key], fedgin_["weights"][key]) for key in fl["weights"])
+    args = ["--out", tmp_path, "--rounds", 1, "--arms", "fl", "fedgin", "--gin-probability", 0]
+    assert command(*args) == 0
+    assert_equal(weights(tmp_path / "fl.pt"), weights(tmp_path / "fedgin.pt"))
 
 
 # ------------------------------------------------------------------------------- who trains on what
@@ -111,74 +165,160 @@ def test_gin_probability_0_is_fl(tmp_path):
 def test_arms_and_ratios():
     mri_and_ct = hospitals(1)
 
-    def shares(label, *words):
-        chosen = fedgin.choose_clients(config(*words), label, mri_and_ct)
-        return {name: (len(client.cases), client.steps) for name, client in chosen.items()}
+    def shares(label, *args):
+        chosen = fedgin.choose_cases(config(*args), label, mri_and_ct)
+        return {name: (len(cases), steps) for name, (cases, steps) in chosen.items()}
 
-    assert shares("mri-only") == {"mri": (2, 2)}
+    assert shares("mri-only") == shares("mri-only+gin") == {"mri": (2, 2)}
     assert shares("ct-only") == {"ct": (10, 2)}
     assert shares("fedgin") == shares("fl") == {"mri": (2, 2), "ct": (10, 2)}
-    assert shares("centralized+gin") == {"pooled": (12, 4)}
+    assert shares("centralized") == shares("centralized+gin") == {"pooled": (12, 4)}
     assert shares("fl 1:2", "--ratios", "1:1", "1:2") == {"mri": (2, 2), "ct": (4, 2)}
     assert shares("fl", "--ratios", "all") == {"mri": (2, 2), "ct": (12, 2)}
     assert shares("fl", "--mri-cases", 1) == {"mri": (1, 2), "ct": (5, 2)}
     assert shares("fl", "--scenario", "complete") == {"mri": (12, 2), "ct": (12, 2)}
 
 
+def test_a_pool_holds_the_cases_that_the_hospitals_would_train_on():
+    by_hospital = fedgin.choose_cases(config(), "fl", hospitals(1))
+    [(pool, _)] = fedgin.choose_cases(config(), "centralized", hospitals(1)).values()
+    expected = [(case.modality, case.id) for cases, _ in by_hospital.values() for case in cases]
+    assert [(case.modality, case.id) for case in pool] == expected
+
+
+def test_ratios_stand_behind_the_arms_that_differ_by_them():
+    arms = ["--arms", "mri-only", "fl"]
+    assert fedgin.run_labels(config(*arms)) == ["mri-only", "fl"]
+    labels = fedgin.run_labels(config(*arms, "--ratios", "1:1", "all"))
+    assert labels == ["mri-only", "fl 1:1", "fl all"]
+    args = [*arms, "--ratios", "1:1", "all", "--scenario", "complete"]
+    assert fedgin.run_labels(config(*args)) == ["mri-only", "fl"]
+
+
 def test_cases_come_from_the_hospitals_in_turns():
     settings = config("--mri-cases", 3, "--ratios", "1:1")
     mri, ct = hospitals(1)
     small = mri._replace(name="small", train=mri.train[5:6])
-    chosen = fedgin.choose_clients(settings, "fl", [mri, small, ct])
-    assert {name: len(c.cases) for name, c in chosen.items()} == {"mri": 2, "small": 1, "ct": 3}
-    assert fedgin.choose_clients(settings, "centralized", [mri, small, ct])["pooled"].steps == 6
-
-
-def test_sites_deal_the_same_cases_out():
-    whole = hospitals(1)
-    sites = hospitals(1, "--sites", 3)
-    assert [site.name for site in sites] == ["mri-1", "mri-2", "mri-3", "ct-1", "ct-2", "ct-3"]
-    for hospital in whole:
-        for part in ("train", "val", "test"):
-            dealt = [
-                c.id for s in sites if s.modality == hospital.modality for c in getattr(s, part)
-            ]
-            assert sorted(dealt) == [case.id for case in getattr(hospital, part)]
-    assert {len(site.train) for site in sites} == {4}
-    with pytest.raises(fedgin.DataError, match="--sites 13: mri has 12 training cases, too few"):
-        hospitals(1, "--sites", 13)
+    chosen = fedgin.choose_cases(settings, "fl", [mri, small, ct])
+    ids = {name: [case.id for case in cases] for name, (cases, _) in chosen.items()}
+    assert ids == {
+        "mri": ["phantom00", "phantom01"],
+        "small": ["phantom05"],
+        "ct": ["phantom00", "phantom01", "phantom02"],
+    }
+    _, steps = fedgin.choose_cases(settings, "centralized", [mri, small, ct])["pooled"]
+    assert steps == 6
 
 
 def test_an_arm_without_cases_is_refused():
-    settings = config()
-    only_mri = hospitals(1)[:1]
-    with pytest.raises(fedgin.DataError, match="arm fl needs CT training cases .* --ct"):
-        fedgin.choose_clients(settings, "fl", only_mri)
-    only_ct = hospitals(1)[1:]
-    assert len(fedgin.choose_clients(settings, "ct-only", only_ct)["ct"].cases) == 10
+    only_mri, only_ct = hospitals(1)[:1], hospitals(1)[1:]
+    with pytest.raises(DataError, match="arm fl needs CT training cases .* --ct"):
+        fedgin.check_arm("fl", only_mri)
+    with pytest.raises(DataError, match="arm mri-only needs MRI training cases .* --mri"):
+        fedgin.check_arm("mri-only", only_ct)
+    with pytest.raises(DataError, match="arm fedgin needs MRI training cases"):
+        fedgin.check_arm("fedgin 1:2", [only_mri[0]._replace(train=[]), *only_ct])
+    fedgin.check_arm("mri-only+gin", only_mri)
+    fedgin.check_arm("ct-only", only_ct)
+    [(cases, _)] = fedgin.choose_cases(config(), "ct-only", only_ct).values()
+    assert len(cases) == 10
 
 
-def test_pooling_other_ranks_scans_is_refused():
-    mri, _ = hospitals(1)
-    elsewhere = fedgin.Hospital("ct", "ct", range(12), (), (), here=False)
-    chosen = fedgin.choose_clients(config(), "fl", [mri, elsewhere])
-    assert {name: (len(c.cases), c.here) for name, c in chosen.items()} == {
-        "mri": (2, True),
-        "ct": (10, False),
-    }
-    with pytest.raises(fedgin.DataError, match="arm centralized pools the scans"):
-        fedgin.choose_clients(config(), "centralized", [mri, elsewhere])
+def test_clients_count_the_cases_that_they_train_on():
+    clients = fedgin.make_clients(config(), 1, "fedgin", hospitals(1), CPU)
+    assert {name: client.n_k for name, client in clients.items()} == {"mri": 2, "ct": 10}
+    clients = fedgin.make_clients(config(), 1, "centralized", hospitals(1), CPU)
+    assert {name: client.n_k for name, client in clients.items()} == {"pooled": 12}
+    assert len(list(clients["pooled"].batches(1))) == 4
 
 
-def test_ranks_with_other_flags_are_refused():
-    class TwoRanks:
-        def gather(self, value):
-            sent = json.loads(json.dumps(value))
-            return [sent, {**sent, "lr": 1.0, "seeds": [43]}]
+# ----------------------------------------------------------------------------------- batches, draws
 
-    with pytest.raises(fedgin.DataError, match="started with different seeds, lr; only --out"):
-        fedgin.check_alike(config(), TwoRanks())
-    fedgin.check_alike(config("--out", "elsewhere"), Ranks(["mri", "ct"], 1))
+
+def draw_batches(name="mri", seed=1, gin=False, round_=1, cases=None, *args):
+    cases = cases or hospitals(1)[0].train[:2]
+    return list(fedgin.batches(config(*args), seed, name, cases, 3, gin, CPU, round_))
+
+
+def test_batches_are_patches_of_the_cases_on_the_device():
+    cases = hospitals(1)[0].train[:2]
+    found = draw_batches("mri", 1, False, 1, cases, "--patch", "16", "--batch-size", "3")
+    assert len(found) == 3
+    for images, (labels, labelled) in found:
+        assert (images.shape, images.dtype) == ((3, 1, 16, 16, 16), torch.float32)
+        assert (labels.shape, labels.dtype) == ((3, 16, 16, 16), torch.int64)
+        assert labelled is None  # every organ of every image is
+    whole = draw_batches(cases=cases)  # phantoms have 32 voxels, as a patch
+    for images, (labels, _) in whole:
+        for image, label in zip(images, labels, strict=True):
+            [case] = [c for c in cases if np.array_equal(c.image, image[0])]
+            np.testing.assert_array_equal(case.labels, label)
+
+
+def test_batches_say_which_organs_are_labelled():
+    cases = [c._replace(labelled=np.arange(6) < 3) for c in hospitals(1)[0].train[:2]]
+    for _, (_, labelled) in draw_batches(cases=cases):
+        assert labelled.tolist() == [[True] * 3 + [False] * 3] * 2
+
+
+def test_gin_redraws_images_and_nothing_else():
+    for (plain, (labels, _)), (redrawn, (same, _)) in zip(
+        draw_batches(), draw_batches(gin=True), strict=True
+    ):
+        assert torch.equal(labels, same)
+        assert not torch.allclose(plain, redrawn)
+        torch.testing.assert_close(plain.norm(), redrawn.norm(), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("gin", [False, True])
+def test_batches_depend_on_seed_round_and_hospital_alone(gin):
+    def first(*args):
+        return draw_batches(*args)[0][0]
+
+    same = first("mri", 1, gin, 1)
+    torch.rand(3)
+    assert torch.equal(first("mri", 1, gin, 1), same)
+    for other in (("mri", 2, gin, 1), ("mri", 1, gin, 2), ("ct", 1, gin, 1)):
+        assert not torch.equal(first(*other), same)
+
+
+def test_draws_depend_on_seed_round_hospital_and_purpose_alone():
+    keys = [
+        (1, 1, "a", "gin"),
+        (2, 1, "a", "gin"),
+        (1, 2, "a", "gin"),
+        (1, 1, "b", "gin"),
+        (1, 1, "a", "x"),
+    ]
+    draws = [torch.rand(1, generator=data.generator(*key)).item() for key in keys]
+    assert len(set(draws)) == len(keys)
+    assert draws[0] == torch.rand(1, generator=data.generator(*keys[0])).item()
+
+
+def test_all_arms_of_a_seed_start_from_the_same_weights():
+    before = torch.get_rng_state()
+    a, b, other = (fedgin.make_model(config(), seed, CPU).state_dict() for seed in (1, 1, 2))
+    assert_equal(a, b)
+    assert differ(a, other)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_learning_rate_falls_by_a_polynomial(monkeypatch):
+    rates = []
+
+    def train(model, batches, loss_function, lr, autocast):
+        rates.append(lr)
+        return 0.5
+
+    monkeypatch.setattr(fedgin, "train_locally", train)
+    monkeypatch.setattr(fedgin, "validate", lambda *_: torch.ones(2, 2, 5))
+    settings = config("--rounds", 10, "--lr", 0.02)
+    list(fedgin.train_arm(settings, fedgin.new_state(1, "fl"), hospitals(1), CPU))
+    assert rates[::2] == rates[1::2]  # both hospitals'
+    assert rates[::2] == pytest.approx([0.02 * (1 - t / 10) ** 0.9 for t in range(10)])
+
+
+# ----------------------------------------------------------------------------------------- the loss
 
 
 def test_organs_are_renumbered():
@@ -189,15 +329,16 @@ def test_organs_are_renumbered():
 
 
 def small_case(labels, labelled):
-    return data.make_volume("x", labels.astype(np.float32), labels, np.array(labelled))
+    return data.make_volume("x", "mri", labels.astype(np.float32), labels, np.array(labelled))
 
 
 def test_class_weights_and_loss_by_hand():
     """Weights 1 / √share, cross-entropy normalized by them, soft Dice of the organs alone."""
     labels = np.zeros((2, 2, 4), np.uint8)
     labels[0, 0] = 1  # a share of 4 in 16
-    settings, labelled = config("--organs", "liver"), torch.ones(1, 2, dtype=torch.bool)
-    loss = fedgin.segmentation_loss([small_case(labels, [True] * 2)], settings, torch.device("cpu"))
+    settings = config("--organs", "liver", "--scenario", "complete")
+    hospital = Hospital("mri", "mri", [small_case(labels, [True] * 2)], [], [])
+    loss = fedgin.make_clients(settings, 1, "mri-only", [hospital], CPU)["mri"].loss_function
     logits = torch.randn(1, 2, 2, 2, 4, generator=torch.Generator().manual_seed(0))
     p = torch.softmax(logits, 1)[0]
     weight = {0: (16 / 12) ** 0.5, 1: (16 / 4) ** 0.5}
@@ -209,8 +350,25 @@ def test_class_weights_and_loss_by_hand():
         overlap += float(p[(1, *index)]) * (label == 1)
     soft_dice = (2 * overlap + 1) / (float(p[1].sum()) + 4 + 1)
     expected = total / norm + 1 - soft_dice
-    value = loss(logits, (torch.tensor(labels)[None].long(), labelled)).item()
-    assert value == pytest.approx(expected, rel=1e-5)
+    target = torch.tensor(labels)[None].long()
+    assert loss(logits, (target, None)).item() == pytest.approx(expected, rel=1e-5)
+    everything = torch.ones(1, 2, dtype=torch.bool)
+    assert loss(logits, (target, everything)).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_pools_weights_are_those_of_all_its_cases():
+    labels = [np.full((2, 2, 2), value, np.uint8) for value in (0, 0, 0, 1)]
+    cases = [small_case(array, [True] * 2) for array in labels]
+    settings = config("--organs", "liver", "--scenario", "complete")
+    pair = [Hospital("a", "mri", cases[:2], [], []), Hospital("b", "ct", cases[2:], [], [])]
+
+    def weight(label):
+        clients = fedgin.make_clients(settings, 1, label, pair, CPU)
+        return {k: c.loss_function.keywords["weight"].tolist() for k, c in clients.items()}
+
+    assert weight("centralized")["pooled"] == pytest.approx([24**-0.5, 8**-0.5])
+    assert weight("fl")["a"] == pytest.approx([16**-0.5, 1.0])  # an organ it lacks: as if 1 voxel
+    assert weight("fl")["b"] == pytest.approx([8**-0.5, 8**-0.5])
 
 
 def test_unlabelled_organs_are_merged_into_background():
@@ -220,44 +378,140 @@ def test_unlabelled_organs_are_merged_into_background():
     target = torch.tensor(labels)[None].long()
     logits = torch.randn(1, 3, 4, 4, 4, generator=torch.Generator().manual_seed(1))
     logits.requires_grad_()
-    cpu, known = torch.device("cpu"), [True, True, False]
-    settings = config("--organs", "liver", "spleen")
-    loss = fedgin.segmentation_loss([small_case(labels, known)], settings, cpu)
-    value = loss(logits, (target, torch.tensor([known])))
+    weight, known = torch.tensor([0.2, 0.7, 5.0]), torch.tensor([[True, True, False]])
+    value = fedgin.segmentation_loss(logits, (target, known), weight)
     p = logits.detach().softmax(1)
     merged = torch.stack([p[:, 0] + p[:, 2], p[:, 1]], dim=1).log()
-    plain_settings, both = config("--organs", "liver"), torch.ones(1, 2, dtype=torch.bool)
-    plain = fedgin.segmentation_loss([small_case(labels, [True] * 2)], plain_settings, cpu)
-    assert value.item() == pytest.approx(plain(merged, (target, both)).item(), rel=1e-5)
+    plain = fedgin.segmentation_loss(merged, (target, None), weight[:2])
+    assert value.item() == pytest.approx(plain.item(), rel=1e-5)
     value.backward()
     moved = logits.grad[:, [0, 2]]  # spleen is pushed exactly as background is
     ratio = moved[:, 1] / moved[:, 0]
     torch.testing.assert_close(ratio, (p[:, 2] / p[:, 0]), rtol=1e-3, atol=1e-4)
 
 
-def test_draws_depend_on_seed_round_hospital_and_purpose_alone():
-    keys = [
-        (1, 1, "a", "gin"),
-        (2, 1, "a", "gin"),
-        (1, 2, "a", "gin"),
-        (1, 1, "b", "gin"),
-        (1, 1, "a", "x"),
+def test_a_batch_may_mix_what_is_labelled():
+    """Soft Dice counts an organ over the images that label it, and not if none does."""
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randn(2, 4, 3, 3, 3, generator=generator)
+    target = torch.randint(0, 2, (2, 3, 3, 3), generator=generator)
+    target[0, 0, 0, 0] = 2
+    known = torch.tensor([[True, True, True, False], [True, True, False, False]])
+    value = fedgin.segmentation_loss(logits, (target, known), torch.ones(4))
+    p = logits.softmax(1)
+    background = [p[0, 0] + p[0, 3], p[1, 0] + p[1, 2] + p[1, 3]]
+    total = 0.0
+    for image, index in itertools.product(range(2), np.ndindex(3, 3, 3)):
+        label = int(target[(image, *index)])
+        q = p[(image, label, *index)] if label else background[image][index]
+        total -= math.log(float(q)) / 54
+    soft = []
+    for organ, images in ((1, [0, 1]), (2, [0])):
+        q, truth = p[images, organ], target[images] == organ
+        soft.append((2 * float(q[truth].sum()) + 1) / (float(q.sum()) + int(truth.sum()) + 1))
+    assert value.item() == pytest.approx(total + 1 - sum(soft) / 2, rel=1e-5)
+
+
+# ------------------------------------------------------------------------- validation, best weights
+
+
+def labels_of(*organs):
+    labels = np.zeros((32, 32, 32), np.uint8)
+    for n, organ in enumerate(organs):
+        labels[4 * n : 4 * n + 4] = organ
+    return labels
+
+
+@pytest.fixture
+def halved(monkeypatch):
+    """Let the network predict the image, in which cases have their labels, and half of organ 2."""
+
+    def segment(model, image, patch, size):
+        prediction = image.astype(np.uint8)
+        prediction[:, :16][prediction[:, :16] == 2] = 0
+        return prediction
+
+    monkeypatch.setattr(fedgin, "segment", segment)
+
+
+def test_validation_is_the_mean_over_organs_of_the_means_over_cases(halved):
+    """Dice is 1 for livers, 2 / 3 for halved spleens; training cases stand in for no validation."""
+    settings = config("--organs", "liver", "spleen", "pancreas")
+    known = [True] * 4
+    both, liver = small_case(labels_of(1, 2), known), small_case(labels_of(1), known)
+    nothing = small_case(labels_of(), known)
+    false_alarm = liver._replace(image=labels_of(1, 3).astype(np.float32))
+    mri = Hospital("a", "mri", [nothing], [both, liver], [])
+    more = Hospital("b", "mri", [false_alarm], [], [])
+    tested = Hospital("c", "", [], [both], [both])
+    ct = Hospital("d", "ct", [], [nothing], [])
+    everyone = [mri, more, tested, ct]
+    sums = fedgin.validate(settings, nn.Identity(), everyone, ("mri", "ct"))
+    assert sums.tolist() == [
+        [[3, pytest.approx(2 / 3), 0], [0, 0, 0]],
+        [[3, 1, 0], [0, 0, 0]],
     ]
-    draws = [torch.rand(1, generator=fedgin.generator(*key)).item() for key in keys]
-    assert len(set(draws)) == len(keys)
-    assert draws[0] == torch.rand(1, generator=fedgin.generator(*keys[0])).item()
+    means = fedgin.mean_dice(sums, ("mri", "ct"))
+    assert means["mri"] == pytest.approx((1 + 2 / 3) / 2)
+    assert math.isnan(means["ct"])
+    only_ct = fedgin.validate(settings, nn.Identity(), everyone, ("ct",))
+    assert only_ct.tolist() == [[[0, 0, 0]], [[0, 0, 0]]]
 
 
-# -------------------------------------------------------------------------------------- real scans
+def keep_rounds(arm, dices, losses):
+    """The states of a training whose weights are the number of their round."""
+    model, states = nn.Linear(1, 1, bias=False), [fedgin.new_state(7, arm)]
+    for round_, val_dice in enumerate(dices, start=1):
+        nn.init.constant_(model.weight, round_)
+        states.append(fedgin.keep_round(states[-1], model, round_, losses, val_dice))
+    return states
+
+
+def test_the_best_weights_are_those_of_the_best_mean_over_modalities():
+    dices = [(0.1, 0.3), (0.4, 0.2), (0.2, 0.4), (0.1, 0.49), (0.5, 0.0)]
+    dices = [{"mri": mri, "ct": ct} for mri, ct in dices]
+    states = keep_rounds("fl", dices, {"mri": 1.0, "ct": 2.0})
+    assert [state["round"] for state in states] == [0, 1, 2, 3, 4, 5]
+    assert [state["weights"]["weight"].item() for state in states[1:]] == [1, 2, 3, 4, 5]
+    assert [state["best"]["round"] for state in states] == [0, 1, 2, 2, 2, 2]
+    assert states[-1]["best"]["val_dice"] == pytest.approx(0.3)
+    assert states[-1]["best"]["weights"]["weight"].item() == 2
+    assert states[-1]["history"][1] == [7, "fl", 2, 1.5, 0.4, 0.2]
+    assert len(states[-1]["history"]) == 5
+    [_, alone] = keep_rounds("ct-only", [{"ct": 0.5}], {"ct": 0.5})
+    assert alone["history"] == [[7, "ct-only", 1, 0.5, "", 0.5]]
+
+
+def test_a_modality_that_cannot_be_validated_does_not_count():
+    dices = [{"mri": mri, "ct": math.nan} for mri in (0.2, 0.4, 0.3)]
+    assert keep_rounds("fl", dices, {"mri": 1.0})[-1]["best"]["round"] == 2
+    assert keep_rounds("fl", [{"mri": math.nan}] * 3, {"mri": 1.0})[-1]["best"]["round"] == 3
+
+
+def test_an_arm_goes_on_in_the_round_in_which_it_stopped():
+    settings = config("--rounds", 4)
+    everyone = hospitals(1)
+    train = functools.partial(fedgin.train_arm, settings, hospitals=everyone, device=CPU)
+    states = list(train(fedgin.new_state(1, "fedgin")))
+    assert [state["round"] for state in states] == [1, 2, 3, 4]
+    again = list(train(states[1]))
+    assert [state["round"] for state in again] == [3, 4]
+    assert_equal(again[-1]["weights"], states[-1]["weights"])
+    assert_equal(again[-1]["best"]["weights"], states[-1]["best"]["weights"])
+    assert again[-1]["history"] == states[-1]["history"]
+    assert list(train(states[-1])) == []
+
+
+# --------------------------------------------------------------------------------------- real scans
 
 
 def test_a_run_on_folders(tmp_path, ct_folder, mri_folder, capsys):
-    words = ["--ct", ct_folder, "--mri", mri_folder, "--spacing", 12, "--out", tmp_path / "out"]
-    assert command(*words, "--arms", "fedgin", "mri-only") == 0
+    args = ["--ct", ct_folder, "--mri", mri_folder, "--spacing", 12, "--out", tmp_path / "out"]
+    assert command(*args, "--arms", "fedgin", "mri-only") == 0
     shown = capsys.readouterr().out
     assert "PHANTOM" not in shown
-    results = json.loads((tmp_path / "out/results.json").read_text())["results"]
-    assert {(r["hospital"], r["case"]) for r in results if r["modality"] == "ct"} == {
+    found = json.loads((tmp_path / "out/results.json").read_text())["results"]
+    assert {(r["hospital"], r["case"]) for r in found if r["modality"] == "ct"} == {
         ("ct_set", "s0003")
     }
     splits = json.loads((tmp_path / "out/hospitals/ct_set.json").read_text())["splits"]["42"]
@@ -270,10 +524,10 @@ def test_a_run_on_folders(tmp_path, ct_folder, mri_folder, capsys):
 
 def test_a_test_folder_is_only_tested_on(tmp_path, ct_folder, mri_folder):
     held_out = write_totalsegmentator(tmp_path / "held_out", "mri", 2, seed=9)
-    words = ["--ct", ct_folder, "--mri", mri_folder, "--test", held_out, "--spacing", 12]
-    assert command(*words, "--arms", "fl", "--out", tmp_path / "out") == 0
-    results = json.loads((tmp_path / "out/results.json").read_text())["results"]
-    assert {(r["hospital"], r["case"]) for r in results} == {
+    args = ["--ct", ct_folder, "--mri", mri_folder, "--test", held_out, "--spacing", 12]
+    assert command(*args, "--arms", "fl", "--out", tmp_path / "out") == 0
+    found = json.loads((tmp_path / "out/results.json").read_text())["results"]
+    assert {(r["hospital"], r["case"]) for r in found} == {
         ("held_out", "s0000"),
         ("held_out", "s0001"),
     }
@@ -284,34 +538,30 @@ def test_a_test_folder_is_only_tested_on(tmp_path, ct_folder, mri_folder):
     assert held_out["train"] == held_out["val"] == ct_set["test"] == []
 
 
-# --------------------------------------------------------------------------------------- bad input
+def test_what_is_left_out_is_listed_a_line_each(tmp_path, ct_folder, mri_folder, capsys):
+    shutil.copytree(mri_folder, tmp_path / "mri")
+    for name in ("case_001", "case_002"):
+        truncate(tmp_path / f"mri/imagesTr/{name}_0000.nii.gz")
+    args = ["--ct", ct_folder, "--mri", tmp_path / "mri", "--spacing", 12, "--arms", "fl"]
+    assert command(*args, "--skip-bad", "--rounds", 1, "--out", tmp_path / "out") == 0
+    lines = capsys.readouterr().out.splitlines()
+    left_out = [line for line in lines if line.startswith("left out: ")]
+    assert [Path(line.split(": ")[1]).name for line in left_out] == [
+        "case_001_0000.nii.gz",
+        "case_002_0000.nii.gz",
+    ]
+    assert any(line.startswith("fl:  ") and line.endswith("mri 2, ct_set 2") for line in lines)
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("--scenario limitless", "invalid choice: 'limitless'"),
-        ("--arms fedgan", "invalid choice: 'fedgan'"),
-        ("--ratios 1:3", "invalid choice: '1:3'"),
-        ("--rounds many", "invalid int value: 'many'"),
-        ("--round 3", "unrecognized arguments: --round"),
-        ("--rounds 0", "--rounds must be a positive number, not 0"),
-        ("--lr nan", "--lr must be a positive number, not nan"),
-        ("--gin-probability 1.5", "--gin-probability must lie between 0 and 1"),
-        ("--seeds 1 1", "--seeds names something twice"),
-        ("--patch 30 --depth 3", "--patch 30"),
-        ("--test somewhere", "--test needs folders to train on"),
-        ("--ct nowhere", "nowhere: no such folder"),
-        ("--out README.md", "--out README.md is a file"),
-    ],
-)
-def test_bad_flags_take_one_line_and_exit_code_2(words, message, tmp_path, capsys):
-    out = tmp_path / "out"
-    assert fedgin.main(["--out", str(out), *words.split()]) == 2
+# ---------------------------------------------------------------------------------------- bad input
+
+
+def test_a_folder_that_is_not_there_takes_one_line_and_exit_code_2(tmp_path, capsys):
+    assert command("--ct", "nowhere", "--out", tmp_path / "out") == 2
     error = capsys.readouterr().err
-    assert message in error
+    assert "nowhere: no such folder" in error
     assert len(error.strip().splitlines()) == 1
-    assert not out.exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_bad_scans_take_one_line_and_leave_nothing(tmp_path, ct_folder, capsys):
@@ -327,6 +577,7 @@ def test_bad_scans_take_one_line_and_leave_nothing(tmp_path, ct_folder, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_run_is_never_overwritten(phantom_run, capsys):
     before = (phantom_run / "results.json").read_bytes()
     assert command("--out", phantom_run) == 2
@@ -336,4 +587,201 @@ def test_a_run_is_never_overwritten(phantom_run, capsys):
 
 def test_a_diverging_run_ends_with_exit_code_1(tmp_path, capsys):
     assert command("--lr", 1e30, "--arms", "fl", "--out", tmp_path / "out") == 1
-    assert "round 1, hospital mri" in capsys.readouterr().err
+    assert "seed 42, arm fl: round 1, hospital mri: " in capsys.readouterr().err
+
+
+def test_a_bug_in_the_network_is_not_swallowed(tmp_path, monkeypatch, capsys):
+    def forward(self, x):
+        raise AttributeError("no such layer")
+
+    monkeypatch.setattr(UNet3D, "forward", forward)
+    with pytest.raises(AttributeError, match="no such layer") as caught:
+        command("--arms", "fl", "--out", tmp_path / "out")
+    assert caught.value.__notes__ == ["round 1, hospital mri", "seed 42, arm fl"]
+    assert "the run failed" not in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------- faults
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory):
+    """Two hospitals, and what an undisturbed run over them ends in."""
+    root = tmp_path_factory.mktemp("scans")
+    for modality in ("ct", "mri"):
+        write_totalsegmentator(root / modality, modality, 4)
+    args = ["--ct", root / "ct", "--mri", root / "mri", "--spacing", 12, "--mri-cases", 1]
+    assert tiny.command(*args, "--out", root / "calm", "--cache", root / "calm-cache") == 0
+    return args, root / "calm"
+
+
+class After:
+    """Let the n-th call of results.save (a checkpoint a round) be followed by something bad."""
+
+    def __init__(self, monkeypatch, n, action):
+        self.calls, save = 0, results.save
+
+        def counting(path, content):
+            save(path, content)
+            self.calls += 1
+            if self.calls == n:
+                action()
+
+        monkeypatch.setattr(results, "save", counting)
+
+
+def fails_then_resumes(args, calm, tmp_path, capsys, message, repair=lambda: None):
+    args = [*args, "--out", tmp_path / "out", "--cache", tmp_path / "cache"]
+    assert tiny.command(*args) == 1
+    error = capsys.readouterr().err
+    line = next(line for line in error.splitlines() if "the run failed" in line)
+    assert "Traceback" not in error
+    for part in message:
+        assert part in line
+    assert "--resume goes on" in error.splitlines()[-1]
+    repair()
+    assert tiny.command(*args, "--resume") == 0
+    assert_same(outcome(calm), outcome(tmp_path / "out"))
+
+
+def cached(tmp_path, name):
+    return sorted((tmp_path / "cache").glob(f"*/{name}.npy"))
+
+
+@pytest.mark.slow
+def test_a_file_that_turns_unreadable(scans, tmp_path, monkeypatch, capsys):
+    """The preprocessed scans are truncated after round 3: the hospital at work names its case."""
+    args, calm = scans
+    copies = tmp_path / "copies"
+
+    def spoil():
+        shutil.copytree(tmp_path / "cache", copies)
+        for path in cached(tmp_path, "image"):
+            truncate(path)
+
+    def repair():
+        shutil.rmtree(tmp_path / "cache")
+        shutil.copytree(copies, tmp_path / "cache")
+
+    After(monkeypatch, 3, spoil)
+    message = ["seed 42", "arm fl", "round 4", "hospital mri", "case s000"]
+    fails_then_resumes(args, calm, tmp_path, capsys, message, repair)
+
+
+@pytest.mark.slow
+def test_a_poisoned_volume(scans, tmp_path, monkeypatch, capsys):
+    args, calm = scans
+    good = {}
+
+    def poison():
+        for path in cached(tmp_path, "image"):
+            good[path] = path.read_bytes()
+            np.save(path, np.full_like(np.load(path), np.nan))
+
+    def repair():
+        for path, content in good.items():
+            path.write_bytes(content)
+
+    After(monkeypatch, 2, poison)
+    message = ["seed 42", "arm fl", "round 3", "hospital mri", "case s000", "NaN"]
+    fails_then_resumes(args, calm, tmp_path, capsys, message, repair)
+
+
+@pytest.mark.slow
+def test_a_scan_that_is_gone_when_it_is_tested(scans, tmp_path, monkeypatch, capsys):
+    args, calm = scans
+    copies = tmp_path / "scans"
+    shutil.copytree(args[1].parent, copies, copy_function=shutil.copy2)
+    args = [copies / arg.name if isinstance(arg, Path) else arg for arg in args]
+    masks = sorted(copies.rglob("liver.nii.gz"))
+    kept = {path: (path.read_bytes(), path.stat()) for path in masks}
+
+    def repair():
+        for path, (content, stat) in kept.items():
+            path.write_bytes(content)
+            os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+    After(
+        monkeypatch, 5, lambda: [truncate(path) for path in masks]
+    )  # 4 rounds and the arm's model
+    message = ["seed 42", "arm fl", "liver.nii.gz: cannot be read"]
+    fails_then_resumes(args, calm, tmp_path, capsys, message, repair)
+
+
+@pytest.mark.slow
+def test_a_full_disk(scans, tmp_path, monkeypatch, capsys):
+    args, calm = scans
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def full():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+
+    def repair():
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    After(monkeypatch, 2, full)
+    try:
+        message = ["seed 42", "arm fl", "File too large"]
+        fails_then_resumes(args, calm, tmp_path, capsys, message, repair)
+    finally:
+        repair()
+
+
+@pytest.mark.slow
+def test_a_full_disk_while_preprocessing(scans, tmp_path, capsys):
+    args, calm = scans
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    args = [*args, "--out", tmp_path / "out", "--cache", tmp_path / "cache"]
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        assert tiny.command(*args) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "the run failed" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert tiny.command(*args, "--resume") == 0
+    assert_same(outcome(calm), outcome(tmp_path / "out"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (lambda x: torch.empty(2**62, dtype=torch.int8), ["hospital mri: ", "allocate"]),
+        (lambda x: x * float("nan"), ["hospital mri: the loss is nan"]),
+        (lambda x: x * float("inf"), ["hospital mri: the loss is"]),
+        (lambda x: 1e6 * x, ["'mri': ", "exploded; a lower --lr may help"]),
+    ],
+    ids=["memory", "NaN", "infinite", "exploding"],
+)
+def test_memory_and_losses(broken, message, scans, tmp_path, monkeypatch, capsys):
+    """Out of memory, NaN, infinite and exploding losses in the network itself, from round 3 on."""
+    args, calm = scans
+    forward, sick = UNet3D.forward, []
+
+    def sometimes(self, x):
+        logits = forward(self, x)
+        return broken(logits) if sick and self.training else logits
+
+    monkeypatch.setattr(UNet3D, "forward", sometimes)
+    After(monkeypatch, 2, lambda: sick.append(True))
+    message = ["seed 42, arm fl: ", "round 3", *message]
+    fails_then_resumes(args, calm, tmp_path, capsys, message, sick.clear)
+
+
+# -------------------------------------------------------------------------------------- determinism
+
+
+@pytest.mark.slow
+def test_more_arms_and_more_threads_change_nothing_in_the_others(tmp_path, monkeypatch):
+    for modality in ("ct", "mri"):
+        write_totalsegmentator(tmp_path / modality, modality, 8)
+    args = ["--ct", tmp_path / "ct", "--mri", tmp_path / "mri", "--spacing", 12]
+    monkeypatch.setattr(data.os, "sched_getaffinity", lambda _: {0})
+    assert tiny.command(*args, "--out", tmp_path / "one/out") == 0
+    monkeypatch.setattr(data.os, "sched_getaffinity", lambda _: {0, 1, 2})
+    arms = ["--arms", "mri-only", "centralized+gin", "fedgin"]
+    assert tiny.command(*args, "--out", tmp_path / "two/out", *arms) == 0
+    a, b = (torch.load(tmp_path / x / "out/fedgin.pt", weights_only=True) for x in ("one", "two"))
+    assert_equal(a["weights"], b["weights"])
+    assert a["val_dice"] == b["val_dice"]

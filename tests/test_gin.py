@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from gin import GIN, gin
@@ -167,3 +168,19 @@ def test_module_equals_the_function():
     x = torch.randn(2, 1, 6, 6, 6)
     layer = GIN(n_layers=3, generator=torch.Generator().manual_seed(4))
     assert torch.equal(layer(x), gin(x, n_layers=3, generator=torch.Generator().manual_seed(4)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layer", [gin, GIN(), GIN(0.5), nn.Sequential(GIN(), nn.Conv3d(1, 2, 3, padding=1))]
+)
+def test_it_compiles_for_batches_of_several_sizes(layer):
+    """A DataLoader's last batch is smaller, and from the second size on sizes are symbolic."""
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="eager")
+    for size in (4, 3, 2):
+        x = torch.randn(size, 1, 8, 8, 8)
+        torch.manual_seed(size)
+        expected = layer(x)
+        torch.manual_seed(size)
+        torch.testing.assert_close(compiled(x), expected)

@@ -15,6 +15,7 @@ from tiny import TINY, assert_same, outcome
 
 import fedgin
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 
 # Runs the command again and again, each time in a process of its own, forked from one that has
@@ -26,12 +27,12 @@ phantom.phantom = functools.cache(phantom.phantom)
 for modality, index in ((m, i) for m in ("mri", "ct") for i in range(24)):
     phantom.phantom(42, modality, index)
 for line in sys.stdin:
-    errors, *words = json.loads(line)
+    errors, *args = json.loads(line)
     pid = os.fork()
     if pid == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-        os._exit(fedgin.main(words))
+        os._exit(fedgin.main(args))
     print(pid, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
@@ -45,8 +46,8 @@ class Starter:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen([sys.executable, "-c", STARTER], cwd=ROOT, **pipes)
 
-    def start(self, out, *words):
-        line = json.dumps([str(self.errors), *TINY, "--out", str(out), *words])
+    def start(self, out, *args):
+        line = json.dumps([str(self.errors), *TINY, "--out", str(out), *args])
         print(line, file=self.process.stdin, flush=True)
         return int(self.process.stdout.readline())
 
@@ -109,11 +110,11 @@ def test_ctrl_c_and_sigterm_say_how_to_go_on(undisturbed, starter, tmp_path):
 
 
 def test_two_processes_do_not_share_a_run(starter, tmp_path, capsys):
-    words = (str(tmp_path / "out"), "--rounds", "50")
-    pid = starter.start(*words)
+    args = (str(tmp_path / "out"), "--rounds", "50")
+    pid = starter.start(*args)
     while not (tmp_path / "out/config.json").exists():
         time.sleep(0.01)
-    assert fedgin.main([*TINY, "--out", *words, "--resume"]) == 2
+    assert fedgin.main([*TINY, "--out", *args, "--resume"]) == 2
     assert "another process is at work" in capsys.readouterr().err
     os.kill(pid, signal.SIGKILL)
     assert starter.end()[0] == -signal.SIGKILL

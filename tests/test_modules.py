@@ -18,7 +18,7 @@ ALONE = {  # what they may import, beside the standard library
     "unet3d": {"torch"},
     "federated": {"torch"},
     "phantom": {"numpy", "scipy"},
-    "evaluate": {"torch", "numpy", "scipy", "tqdm"},
+    "evaluate": {"torch", "numpy", "scipy"},
 }
 
 CHECK = """
@@ -35,13 +35,18 @@ assert before == sorted(pathlib.Path().rglob("*"))
 
 def python(code, cwd, path=ROOT):
     environment = {"PYTHONPATH": str(path), "PYTHONDONTWRITEBYTECODE": "1", "PATH": ""}
-    words = [sys.executable, "-c", code]
-    return subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True)
+    args = [sys.executable, "-c", code]
+    return subprocess.run(args, cwd=cwd, env=environment, capture_output=True, text=True)
 
 
 def test_imports_print_write_and_draw_nothing(tmp_path):
     done = python(CHECK.format(modules=", ".join(MODULES)), tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_it_has_tests_of_its_own(module):
+    assert (ROOT / f"tests/test_{module}.py").is_file()
 
 
 @pytest.mark.parametrize("module", ALONE)

@@ -1,0 +1,208 @@
+"""Every setting of a run, once: its default, its flag and its help.
+
+Some defaults differ between phantoms, which a CPU trains in minutes, and scans, which want a GPU.
+
+    from config import Config
+    print(Config().rounds, Config(ct=("ct_set",), mri=("mri_set",)).rounds)  # 20 100
+"""
+
+import argparse
+import dataclasses
+import math
+import signal
+import sys
+import threading
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from datasets import LAYOUTS, ORGANS, DataError
+from phantom import SPACING
+
+GROUPS = {"scenario": "experiment", "ct": "data", "rounds": "training", "out": "run"}  # of flags
+NOT_COMPARED = ("out", "cache", "no_cache", "resume")  # a resumed run may change them
+# What a sentence explains; anything else is a bug.
+FORESEEN = (DataError, FloatingPointError, OSError, MemoryError, torch.cuda.OutOfMemoryError)
+
+
+def flag(default: Any, text: str, scans: Any = None, **more: Any) -> Any:
+    """A field of Config that is a flag too; `scans` is its default on scans, where that differs."""
+    metadata = {"text": text, "phantoms": default, "scans": scans, "more": more}
+    return dataclasses.field(default=default if scans is None else None, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All that a run depends on. Raises ValueError, naming the flag, for what cannot work."""
+
+    scenario: str = flag(
+        "limited", "limited: few MRI training cases, CT added by --ratios; complete: all there is"
+    )
+    arms: tuple[str, ...] = flag(
+        (), "ways to train, of %(choices)s (default: the scenario's)", metavar="ARM"
+    )
+    ratios: tuple[str, ...] = flag(("1:5",), "MRI : CT training cases, if limited")
+    mri_cases: int = flag(2, "MRI training cases, if limited")
+    seeds: tuple[int, ...] = flag((42,), "a repetition each: mean ± deviation", metavar="N")
+    ct: tuple[str, ...] = flag((), "folders of CT scans, each a hospital", metavar="DIR")
+    mri: tuple[str, ...] = flag((), "folders of MRI scans, each a hospital", metavar="DIR")
+    test: tuple[str, ...] = flag((), "folders to test on, never trained on", metavar="DIR")
+    sites: int = flag(1, "hospitals into which each folder to train on, or the phantoms, is split")
+    organs: tuple[str, ...] = flag(ORGANS, "to segment", choices=ORGANS, metavar="ORGAN")
+    partial_labels: bool = flag(False, "let a hospital lack some organs, and train on those it has")
+    layout: str = flag("", "of the folders, where one looks like two", choices=LAYOUTS)
+    skip_bad: bool = flag(False, "leave out, and list, cases that cannot be used")
+    spacing: float = flag(SPACING, "voxel size, mm, to which scans are resampled", scans=2.0)
+    rounds: int = flag(20, "federated rounds", scans=100)
+    local_steps: int = flag(
+        20, "batches that a hospital trains each round, whatever its size", scans=50
+    )
+    batch_size: int = flag(2, "patches a batch")
+    patch: int = flag(32, "width of a patch, voxels", scans=96)
+    width: int = flag(8, "channels at the U-Net's first level", scans=32)
+    depth: int = flag(4, "levels of the U-Net; 2^(depth − 1) must divide --patch", scans=5)
+    lr: float = flag(
+        4e-3, "first learning rate; round t of T has (1 − (t − 1) / T)^0.9 of it", scans=1e-3
+    )
+    gin_probability: float = flag(1.0, "share of images that GIN transforms, in arms that use it")
+    nsd_tolerance: float = flag(2.0, "mm within which a surface voxel counts as right")
+    out: str = flag("", "folder for the results (default: one in runs/)", metavar="DIR")
+    cache: str = flag("", "for preprocessed scans (default: cache, beside --out)", metavar="DIR")
+    no_cache: bool = flag(False, "keep preprocessed scans in memory instead")
+    resume: bool = flag(False, "go on with the run in --out where it stopped, if there is one")
+
+    def __post_init__(self) -> None:
+        kind = "phantoms" if self.on_phantoms else "scans"
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) is None:
+                object.__setattr__(self, field.name, field.metadata[kind])
+        out = Path(self.out or f"runs/{self.scenario}")
+        object.__setattr__(self, "out", str(out))
+        object.__setattr__(self, "cache", self.cache or str(out.parent / "cache"))
+        check(self)
+
+    @property
+    def on_phantoms(self) -> bool:
+        return not (self.ct or self.mri)
+
+
+def check(config: Config) -> None:
+    """Raise ValueError, naming the flag, for a value that cannot work."""
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), "--" + field.name.replace("_", "-")
+        if isinstance(value, tuple) and len(set(value)) < len(value):
+            raise ValueError(f"{name} names something twice: {' '.join(map(str, value))}")
+        if field.name == "gin_probability":
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must lie between 0 and 1, not {value}")
+        elif type(value) in (int, float) and not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name} must be a positive number, not {value}")
+    divisor = 2 ** (config.depth - 1)
+    if config.patch % divisor or config.patch == divisor:
+        raise ValueError(
+            f"--patch {config.patch} does not fit --depth {config.depth}: it must be a multiple of "
+            f"{divisor}, and larger"
+        )
+    if Path(config.out).exists() and not Path(config.out).is_dir():
+        raise ValueError(f"--out {config.out} is a file; it must be a folder, or a new name")
+    if config.on_phantoms and config.spacing != SPACING:
+        raise ValueError(f"--spacing is for scans; phantoms have voxels of {SPACING:g} mm")
+    if config.test and config.on_phantoms:
+        raise ValueError("--test needs folders to train on; give --ct and --mri too")
+
+
+def make_parser(
+    description: str | None,
+    choices: Mapping[str, Collection] | None = None,
+    leave_out: Collection[str] = (),
+) -> argparse.ArgumentParser:
+    """A parser with a flag for each field of Config; `choices` adds those that the caller knows."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        usage="%(prog)s [options]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    group: Any = parser
+    for field in dataclasses.fields(Config):
+        if field.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[field.name])
+        if field.name in leave_out:
+            continue
+        options = {"default": field.default, **field.metadata["more"]}
+        if field.name in (choices or {}):
+            options["choices"] = (choices or {})[field.name]
+        if field.type is bool:
+            options["action"] = "store_true"
+        else:
+            kind = (*get_args(field.type), field.type)[0]
+            options["type"] = kind
+            options |= {"nargs": "+"} if kind is not field.type else {}
+            options.setdefault("metavar", {int: "N", float: "X"}.get(kind))
+        help_ = field.metadata["text"] + _default(field)
+        group.add_argument("--" + field.name.replace("_", "-"), help=help_, **options)
+    return parser
+
+
+def _default(field: dataclasses.Field) -> str:
+    phantoms, scans = field.metadata["phantoms"], field.metadata["scans"]
+    if phantoms in ((), "", False):
+        return ""
+    shown = " ".join(map(str, phantoms)) if isinstance(phantoms, tuple) else phantoms
+    return f" (default: {shown}{'' if scans is None else f', on scans {scans}'})"
+
+
+def to_config(parser: argparse.ArgumentParser, args: argparse.Namespace, **fixed: Any) -> Config:
+    """The Config of parsed flags and `fixed`; what cannot work ends the program with code 2."""
+    names = {field.name for field in dataclasses.fields(Config)}
+    given = {key: value for key, value in (vars(args) | fixed).items() if key in names}
+    settings: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    try:
+        return Config(**settings)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def describe(config: Config, device: torch.device) -> str:
+    """What a run is, for the reader's eyes: its data first, then every setting."""
+    first = "FedGIN on scans"
+    if config.on_phantoms:
+        first = (
+            "FedGIN on PHANTOMS: without --ct and --mri it trains on synthetic volumes, whose "
+            "figures say nothing about patients"
+        )
+    settings = [
+        f"  {key:16} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
+        for key, value in dataclasses.asdict(config).items()
+        if value != ()
+    ]
+    return "\n".join([first, *settings, f"  {'device':16} {device}, torch {torch.__version__}"])
+
+
+def run_command(name: str, work: Callable[[], int | None]) -> int:
+    """Do a command's work and return its exit code; one line says what ended it, if something did.
+
+    2 for bad input, 1 for a run that failed, 130 for one that was stopped. Any other exception is a
+    bug, which keeps its traceback.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does
+    hint = "the same command with --resume goes on"
+    try:
+        return work() or 0
+    except KeyboardInterrupt:
+        print(f"\n{name}: stopped; {hint}.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        notes = "".join(f"{note}: " for note in reversed(getattr(error, "__notes__", [])))
+        if isinstance(error, DataError) and not notes:
+            print(f"{name}: {error}", file=sys.stderr)
+            return 2
+        # PyTorch has no exception of its own for want of memory on the CPU.
+        if not isinstance(error, FORESEEN) and "can't allocate memory" not in str(error):
+            raise
+        print(f"{name}: the run failed: {notes}{error}", file=sys.stderr)
+        print(f"Finished rounds are kept; {hint}.", file=sys.stderr)
+        return 1

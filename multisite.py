@@ -1,0 +1,303 @@
+"""FedGIN at hospitals that are apart: one process each, on a machine of its own, under torchrun.
+
+    torchrun --nnodes 2 --node-rank 0 --nproc-per-node 1 --master-addr 10.0.0.1 \\
+        --master-port 29500 multisite.py --arm fedgin --mri DIR
+    torchrun … --node-rank 1 … multisite.py --arm fedgin --ct DIR  # at the other hospital
+
+Each names its own folder only; docs/several-machines.md says what leaves it. The rounds, the
+training, the loss, validation and test are fedgin.py's; here are an average over processes, and
+what to do when one of them fails.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from tqdm import tqdm
+
+import fedgin
+import results
+from config import NOT_COMPARED, Config, describe, make_parser, run_command, to_config
+from datasets import DataError, check_organs
+from federated import State, weighted_average
+from hospitals import Hospital, load_hospitals, record
+
+OWN = ("ct", "mri", "test", "layout", "skip_bad", *NOT_COMPARED)  # settings of one hospital alone
+SEVERAL = ("scenario", "arms", "ratios", "mri_cases", "seeds", "sites")  # fedgin.py's
+
+
+class Peers:
+    """The processes that torchrun started, one a hospital: what they say, and their sums.
+
+    Short messages (JSON) pass through torchrun's store, sums through PyTorch's gloo and the CPU, so
+    that machines with and without a GPU work together. A rank that fails inside `with Peers(…)`
+    leaves its reason in the store, where the others find it; one that is silent for `timeout`
+    seconds ends the run. Raises ConnectionError for the failure of another rank.
+    """
+
+    def __init__(self, name: str, timeout: float) -> None:
+        self.name, self.timeout = name, timedelta(seconds=timeout)
+        self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.store_is_there = True
+        store, _, _ = next(distributed.rendezvous("env://", timeout=self.timeout))
+        # After a restart the store still holds what was said before it.
+        self.store = distributed.PrefixStore(
+            os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store
+        )
+
+    def exchange(self, key: str, value: Any) -> list:
+        """What each rank says under a key, by rank: anything that JSON can hold."""
+        keys = [f"{key}/{rank}" for rank in range(self.size)]
+        began, told = time.monotonic(), 0.0
+        try:
+            self.store.set(keys[self.rank], json.dumps(value))
+            while silent := [
+                rank for rank in range(self.size) if not self.store.check([keys[rank]])
+            ]:
+                if reason := self._reason():
+                    raise ConnectionError(reason)
+                waited = time.monotonic() - began
+                if waited > self.timeout.total_seconds():
+                    raise ConnectionError(f"nothing heard of rank {silent[0]} for {waited:.0f} s")
+                if waited > told + 1:
+                    print(f"rank {self.rank} ({self.name}) waits for rank {silent[0]}", flush=True)
+                    told = waited + 59
+                time.sleep(0.1)
+            return [json.loads(self.store.get(text)) for text in keys]
+        except RuntimeError as error:
+            raise ConnectionError(f"{self._reason() or 'the store is gone'} ({error})") from error
+
+    def connect(self) -> None:
+        """Open the links for sums, once every rank has its data."""
+        try:
+            distributed.init_process_group(
+                "gloo",
+                store=self.store,
+                rank=self.rank,
+                world_size=self.size,
+                timeout=self.timeout,
+            )
+        except RuntimeError as error:
+            raise ConnectionError(self._reason() or f"no link to the others: {error}") from error
+
+    def add_up(self, numbers: Tensor) -> Tensor:
+        """Add a CPU tensor up over all ranks, in place."""
+        try:
+            distributed.monitored_barrier(timeout=self.timeout)  # it names a rank that is silent
+            distributed.all_reduce(numbers)
+        except RuntimeError as error:
+            raise ConnectionError(self._reason() or self._suspect(str(error))) from error
+        return numbers
+
+    def average(self, pairs: Iterable[tuple[State, float]]) -> State:
+        """w ← Σ_k (n_k / Σ_j n_j) · w_k over all ranks; pairs: this rank's one (w_k, n_k)."""
+        [(state, n_k)] = pairs
+        w_k = weighted_average([(state, n_k)])  # itself, once checked
+        numbers = torch.cat([pack(w_k) * n_k, torch.tensor([n_k], dtype=torch.float64)])
+        total = self.add_up(numbers)
+        return unpack(total[:-1] / total[-1], like=state)
+
+    def first(self, numbers: Tensor) -> Tensor:
+        """Rank 0's numbers, at every rank."""
+        return self.add_up(numbers if self.rank == 0 else torch.zeros_like(numbers))
+
+    def __enter__(self) -> "Peers":
+        return self
+
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error:
+            self._leave(error)
+        elif os.environ.get("GROUP_RANK") == "0":
+            self.exchange("end", None)  # the store lives in this machine's torchrun
+        else:
+            self.store.set(f"end/{self.rank}", "null")
+
+    def _reason(self) -> str:
+        """Why another rank has failed, as far as it could say."""
+
+        def look() -> str:
+            return self.store.get("failed").decode() if self.store.check(["failed"]) else ""
+
+        return self._within(5, look) or ""
+
+    def _within(self, seconds: float, use_store: Callable[[], Any]) -> Any:
+        """What a use of the store gives; None if the store is gone, or out of reach.
+
+        Behind a cut link a call never returns, so it is left to a thread that may never end.
+        """
+        answers: list = []
+
+        def ask() -> None:
+            with contextlib.suppress(RuntimeError):
+                answers.append(use_store())
+
+        if self.store_is_there:
+            thread = threading.Thread(target=ask, daemon=True)
+            thread.start()
+            thread.join(seconds)
+        self.store_is_there = bool(answers)
+        return answers[0] if answers else None
+
+    def _suspect(self, said: str) -> str:
+        """What gloo said of a broken link, with the ranks that it may mean."""
+        named = re.findall(r"Ranks? ([\d, ]+) failed to pass", said)
+        others = [str(rank) for rank in range(self.size) if rank != self.rank]
+        return f"rank {named[0] if named else ' or '.join(others)} is gone or silent ({said})"
+
+    def _leave(self, error: BaseException) -> None:
+        """Leave a reason for the others, and let them read it before torchrun ends them."""
+        reason = self._reason()
+        patience = 2 if isinstance(error, ConnectionError) else 20
+
+        def tell() -> None:
+            if not reason:
+                what = str(error) or "was stopped"
+                self.store.set("failed", f"rank {self.rank} ({self.name}): {what}")
+            if distributed.is_initialized():
+                distributed.destroy_process_group()  # whoever waits for this rank wakes up
+            self.store.add("leaving", 1)
+            deadline = time.monotonic() + patience
+            while self.store.add("leaving", 0) < self.size and time.monotonic() < deadline:
+                time.sleep(0.1)
+
+        self._within(patience + 5, tell)
+        if reason and isinstance(error, KeyboardInterrupt):  # torchrun ends all after the first
+            raise ConnectionError(reason) from error
+
+
+def pack(state: State) -> Tensor:
+    """The weights of a state dict as one vector, float64, on the CPU."""
+    return torch.cat([w.detach().flatten().double().cpu() for w in state.values()])
+
+
+def unpack(vector: Tensor, like: State) -> dict[str, Tensor]:
+    """A vector of pack's as a state dict again."""
+    parts = vector.split([w.numel() for w in like.values()])
+    return {
+        key: part.view(w.shape).to(w) for (key, w), part in zip(like.items(), parts, strict=True)
+    }
+
+
+# ------------------------------------------------------------------------------- what a rank does
+
+
+def run(config: Config, name: str, timeout: float) -> None:
+    """Train one model with the other ranks, test it on this hospital's cases, keep both."""
+    local_rank = int(os.environ["LOCAL_RANK"])
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    print(describe(config, device))
+    [seed], [arm] = config.seeds, config.arms
+    with Peers(name, timeout) as peers:
+        results.check_new(Path(config.out), config.resume)
+        by_seed, left_out = load_hospitals(config, alone=False)
+        hospitals = [by_seed[seed][0]._replace(name=name), *by_seed[seed][1:]]
+        for reason in left_out:
+            print(f"left out: {reason}")
+        check_alike(config, hospitals[0], peers)
+        with results.open_run(config, record({seed: hospitals}, config.organs)) as folder:
+            if not all(peers.exchange("finished", folder.is_finished(seed, arm))):
+                peers.connect()
+                state = folder.checkpoint(seed, arm) or fedgin.new_state(seed, arm)
+                state = share_state(state, fedgin.make_model(config, seed, device), peers)
+                trained = fedgin.train_arm(
+                    config, state, hospitals, device, peers.average, peers.add_up
+                )
+                bar = {"desc": f"{name}: {arm}", "total": config.rounds, "unit": "round"}
+                for state in tqdm(trained, initial=state["round"], **bar):  # noqa: B020
+                    if peers.rank == 0:
+                        folder.keep_round(state)
+                folder.keep_model(state)
+                model = fedgin.make_model(config, seed, device, state["best"]["weights"])
+                scores = fedgin.test(config, model, hospitals)
+                folder.finish(state, share_scores(scores, peers))
+                peers.exchange("kept", None)  # rank 0's checkpoint lasts until all have the scores
+            print(f"\n{folder.report()}\n\nEverything is in {config.out}{os.sep}")
+
+
+def check_alike(config: Config, hospital: Hospital, peers: Peers) -> None:
+    """Raise DataError unless all ranks want the same, and can have it.
+
+    Settings must be the same, names differ, each rank have training cases and each organ a label.
+    """
+    if not hospital.train:
+        raise DataError(f"{hospital.name} has no training case")
+    labelled = itertools.compress(config.organs, hospital.train[0].labelled[1:])
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in OWN}
+    own = {"name": hospital.name, "organs": list(labelled), "settings": settings}
+    all_ranks = peers.exchange("settings", own)
+    for rank, other in enumerate(all_ranks):
+        differ = [k for k, v in all_ranks[0]["settings"].items() if other["settings"].get(k) != v]
+        if differ:
+            raise DataError(f"ranks 0 and {rank} were started with different {', '.join(differ)}")
+    names = [other["name"] for other in all_ranks]
+    if len(set(names)) < len(names):
+        raise DataError(f"hospitals {', '.join(names)}: two have one name; give one a --name")
+    organs = {other["name"]: set(other["organs"]) for other in all_ranks}
+    check_organs(organs, config.organs, config.partial_labels)
+
+
+def share_state(state: dict, model: nn.Module, peers: Peers) -> dict:
+    """Rank 0's state of the training, at every rank."""
+    weights = model.state_dict()
+    best, n = state["best"], len(pack(weights))
+    numbers = torch.tensor([state["round"], best["round"], best["val_dice"]], dtype=torch.float64)
+    own = [numbers, *(pack(w or weights) for w in (state["weights"], best["weights"]))]
+    numbers, last, top = peers.first(torch.cat(own)).split([3, n, n])
+    round_, best_round, val_dice = numbers.tolist()
+    best = {"val_dice": val_dice, "round": int(best_round), "weights": unpack(top, weights)}
+    return state | {"round": int(round_), "weights": unpack(last, weights), "best": best}
+
+
+def share_scores(scores: list[dict], peers: Peers) -> list[dict]:
+    """The test scores of all ranks; a case's id stays with its rank, which others number."""
+    found = []
+    nameless = [{**score, "case": None} for score in scores]
+    for rank, part in enumerate(peers.exchange("scores", nameless)):
+        for n, score in enumerate(scores if rank == peers.rank else part):
+            found.append(score if score["case"] else {**score, "case": f"case {n}"})
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; see run_command for its exit codes."""
+    parser = make_parser(__doc__, leave_out=SEVERAL)
+    add = parser.add_argument_group("federation").add_argument
+    add("--arm", default="fedgin", choices=("fl", "fedgin"), help="without or with GIN")
+    add("--seed", type=int, default=42, metavar="N", help="of all draws (default: 42)")
+    add("--name", help="of this hospital (default: its folder's)")
+    text = "seconds for which ranks wait for one another (default: 1800)"
+    add("--timeout", type=float, default=1800.0, metavar="S", help=text)
+    args = parser.parse_args(argv)
+    folders = [*(args.mri or ()), *(args.ct or ())]
+    if len(folders) != 1:
+        parser.error("name this hospital's folder, and no other, with --mri or --ct")
+    if not 0 < args.timeout < float("inf"):
+        parser.error(f"--timeout must be a positive number of seconds, not {args.timeout}")
+    if "RANK" not in os.environ:
+        parser.error("must be started by torchrun; see docs/several-machines.md")
+    name = args.name or os.path.basename(os.path.abspath(folders[0]))
+    fixed = {"scenario": "complete", "arms": (args.arm,), "seeds": (args.seed,)}
+    config = to_config(parser, args, **fixed, out=args.out or f"runs/{args.arm}-{name}")
+    command = f"multisite.py (rank {os.environ['RANK']}, {name})"
+    return run_command(command, lambda: run(config, name, args.timeout))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,283 @@
+"""What a run leaves in its folder, and reads again when it is resumed; and the tables it ends in.
+
+Files are whole or absent: each is written under a temporary name, flushed to disk and renamed.
+
+    config.json        the settings and the versions
+    hospitals/*.json   which case of each went where, and what its files were
+    checkpoint.pt      the training under way, after its last round
+    history.csv        loss and validation Dice by round
+    ARM.pt             a trained arm, for predict.py
+    results.json       what is finished, and its scores by case and organ
+    results.md         the tables
+"""
+
+import contextlib
+import csv
+import dataclasses
+import io
+import json
+import math
+import os
+import platform
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from config import NOT_COMPARED, Config
+from data import NORMALIZATION
+from datasets import DataError
+
+FORMAT = 1  # of checkpoints and config.json
+HISTORY = ("seed", "arm", "round", "loss", "val_dice_mri", "val_dice_ct")
+METRICS = ("dice", "hd95", "nsd")
+OUTCOMES = ("scored", "missed", "absent")  # that are counted; the fourth is "unlabelled"
+
+
+# ------------------------------------------------------------------------------- the run's folder
+
+
+class Run:
+    """What the run in a folder has done, and where it stopped."""
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.out = config, Path(config.out)
+        self._done: dict = read(self.out / "results.json") or {}
+        self._checkpoint: dict = read(self.out / "checkpoint.pt") or {}
+        for key in ("finished", "history", "results"):
+            self._done.setdefault(key, [])
+
+    def is_finished(self, seed: int, arm: str) -> bool:
+        return [seed, arm] in self._done["finished"]
+
+    def checkpoint(self, seed: int, arm: str) -> dict:
+        """The state of a training after its last whole round; empty if it has not begun."""
+        found = self._checkpoint
+        return found if (found.get("seed"), found.get("arm")) == (seed, arm) else {}
+
+    def keep_round(self, state: dict) -> None:
+        save(self.out / "checkpoint.pt", state)
+        text = io.StringIO()
+        csv.writer(text).writerows([HISTORY, *self._done["history"], *state["history"]])
+        write(self.out / "history.csv", text.getvalue().encode())
+
+    def keep_model(self, state: dict) -> None:
+        """Write the best weights of a training, with what predict.py must know to use them."""
+        fields = ("organs", "spacing", "patch", "width", "depth")
+        model = {"normalization": NORMALIZATION, **{f: getattr(self.config, f) for f in fields}}
+        about = {"format": FORMAT, "arm": state["arm"], "seed": state["seed"], "model": model}
+        path = model_path(self.config, state["arm"], state["seed"])
+        save(path, {**state["best"], **about})
+
+    def finish(self, state: dict, scores: Sequence[dict]) -> None:
+        """Keep the test scores of a training that is through, once."""
+        seed, arm = state["seed"], state["arm"]
+        if self.is_finished(seed, arm):
+            return
+        self._done["history"] += state["history"]
+        self._done["results"] += [{"seed": seed, "arm": arm, **score} for score in scores]
+        self._done["finished"].append([seed, arm])
+        write(self.out / "results.json", json.dumps(self._done, indent=1).encode())
+
+    def report(self) -> str:
+        """Write the tables to results.md and remove what only an unfinished run needs."""
+        summary = summarize(self._done["results"], self.config.organs)
+        tables = table(summary, self.config.organs)
+        text = "\n\n".join([title(self.config), tables, comparisons(summary)])
+        write(self.out / "results.md", f"{text}\n".encode())
+        (self.out / "checkpoint.pt").unlink(missing_ok=True)
+        return text
+
+
+def model_path(config: Config, arm: str, seed: int) -> Path:
+    """Where a run keeps the trained model of an arm."""
+    suffix = f"-seed{seed}" if len(config.seeds) > 1 else ""
+    return Path(config.out) / f"{arm.replace(':', '-').replace(' ', '-')}{suffix}.pt"
+
+
+def check_new(out: Path, resume: bool) -> None:
+    """Raise DataError for a folder that holds a run, unless that is to be resumed."""
+    if (out / "config.json").exists() and not resume:
+        raise DataError(f"{out}: already holds a run; --resume continues it, --out makes another")
+
+
+@contextlib.contextmanager
+def open_run(config: Config, hospitals: Mapping[str, dict]) -> Iterator[Run]:
+    """Make or continue the run in config.out, and keep every other process out of it.
+
+    hospitals: {name: what to remember of it}. Raises DataError for a damaged file, and with the
+    fields that differ if the run there had other settings or other data.
+    """
+    out = Path(config.out)
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    settings = {"format": FORMAT, **dataclasses.asdict(config), "versions": versions}
+    contents = {out / "config.json": settings}
+    contents |= {out / f"hospitals/{name}.json": about for name, about in hospitals.items()}
+    contents = {path: json.loads(json.dumps(content)) for path, content in contents.items()}
+    out.mkdir(parents=True, exist_ok=True)
+    with _locked(out):
+        differ: dict[str, None] = {}
+        for path, content in contents.items():
+            kept = read(path) or content
+            differ |= dict.fromkeys(key for key in content if content[key] != kept.get(key))
+        fields = ", ".join(field for field in differ if field not in (*NOT_COMPARED, "versions"))
+        if fields:
+            raise DataError(f"{out}: holds a run with other {fields}; choose another --out")
+        (out / "hospitals").mkdir(exist_ok=True)
+        for path, content in contents.items():
+            if not path.exists():
+                write(path, json.dumps(content, indent=1).encode())
+        yield Run(config)
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Keep every other process out of a folder; the system frees it if this one dies."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: there is no lock
+        yield
+        return
+    with open(out / "lock", "a", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise DataError(f"{out}: another process is at work on this run") from error
+        yield
+
+
+def save(path: Path, content: dict) -> None:
+    """Write a checkpoint."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write(path, buffer.getvalue())
+
+
+def read(path: Path) -> dict | None:
+    """What a JSON file or a checkpoint holds, None if there is no such file."""
+    if not path.exists():
+        return None
+    try:
+        if path.suffix == ".json":
+            return json.loads(path.read_text(encoding="utf-8"))
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # PyTorch has many for a file that is not its own
+        what = f"cannot be read ({type(error).__name__})"
+        raise DataError(f"{path}: {what}; choose another --out") from error
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, on the disk when this returns."""
+    temporary = path.with_name(f"tmp-{path.name}")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+# ------------------------------------------------------------------------------------- the tables
+
+
+def mean(values: Iterable[float]) -> float:
+    """Mean of the values that are not NaN; NaN if there is none."""
+    scored = [value for value in values if not math.isnan(value)]
+    return statistics.fmean(scored) if scored else math.nan
+
+
+def title(config: Config) -> str:
+    """What the tables of a run are of."""
+    ratios = f", MRI : CT {' '.join(config.ratios)}" if config.scenario == "limited" else ""
+    source = "PHANTOMS (synthetic volumes, not patients)" if config.on_phantoms else "scans"
+    seeds = " ".join(map(str, config.seeds))
+    return f"## Test scores, {config.scenario} scenario{ratios}, seeds {seeds}: {source}"
+
+
+def summarize(results: Sequence[dict], organs: Sequence[str]) -> dict[str, dict]:
+    """Boil per-case results down to {arm: {column: (mean, standard deviation over seeds)}}.
+
+    results: dicts with seed, arm, modality and scores, those of score_case. Columns: (metric,
+    modality), the mean over organs of each organ's mean over cases; (organ, modality), its Dice;
+    (outcome, modality), a count over organs and cases; "mean", the Dice of both modalities. The
+    deviation is the sample's, NaN with one seed.
+    """
+    runs: dict[str, dict[int, list[dict]]] = {}
+    for result in results:
+        runs.setdefault(result["arm"], {}).setdefault(result["seed"], []).append(result)
+    summary: dict[str, dict] = {}
+    for arm, by_seed in runs.items():
+        rows = [_columns(group, organs) for group in by_seed.values()]
+        summary[arm] = {}
+        for column in rows[0]:
+            values = [row[column] for row in rows if not math.isnan(row[column])]
+            spread = statistics.stdev(values) if len(values) > 1 else math.nan
+            summary[arm][column] = mean(values), spread
+    return summary
+
+
+def _columns(results: Sequence[dict], organs: Sequence[str]) -> dict:
+    """The columns of summarize for one arm and seed."""
+    columns: dict = {}
+    for m in ("mri", "ct"):
+        scores = [result["scores"] for result in results if result["modality"] == m]
+        for metric in METRICS:
+            by_organ = {(o, m): mean(s[o].get(metric, math.nan) for s in scores) for o in organs}
+            columns[metric, m] = mean(by_organ.values())
+            columns |= by_organ if metric == "dice" else {}
+        for outcome in OUTCOMES:
+            columns[outcome, m] = sum(s[o]["outcome"] == outcome for s in scores for o in organs)
+    columns["mean"] = (columns["dice", "mri"] + columns["dice", "ct"]) / 2
+    return columns
+
+
+def table(summary: Mapping[str, dict], organs: Sequence[str]) -> str:
+    """The summary as two Markdown tables, aligned to be read in a terminal: one row an arm."""
+
+    def cell(value: tuple[float, float], digits: int = 3) -> str:
+        number, spread = value
+        if math.isnan(number):
+            return "–"
+        return f"{number:.{digits}f}" + ("" if math.isnan(spread) else f" ± {spread:.{digits}f}")
+
+    def pair(row: dict, column: str, digits: int) -> str:
+        return " / ".join(cell((row[column, m][0], math.nan), digits) for m in ("mri", "ct"))
+
+    overlap = [["arm", "MRI Dice", "CT Dice", "mean"] + [f"{o} MRI / CT" for o in organs]]
+    surface = [["arm", "MRI HD95 mm", "CT HD95 mm", "MRI NSD", "CT NSD"]]
+    surface[0] += [f"{outcome} MRI / CT" for outcome in OUTCOMES]
+    for arm, row in summary.items():
+        dices = [cell(row[column]) for column in (("dice", "mri"), ("dice", "ct"), "mean")]
+        overlap.append([arm, *dices, *(pair(row, organ, 2) for organ in organs)])
+        distances = [cell(row["hd95", m], 1) for m in ("mri", "ct")]
+        distances += [cell(row["nsd", m]) for m in ("mri", "ct")]
+        surface.append([arm, *distances, *(pair(row, outcome, 0) for outcome in OUTCOMES)])
+    return _markdown(overlap) + "\n\n" + _markdown(surface)
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
+    rule = "| " + " | ".join("-" * width for width in widths) + " |"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def comparisons(summary: Mapping[str, dict]) -> str:
+    """FedGIN against FL, the best local arm and centralized+gin: the paper's three comparisons."""
+    local = [arm for arm in summary if arm.startswith(("mri-only", "ct-only"))]
+    lines = []
+    for fedgin in (arm for arm in summary if arm.startswith("fedgin")):
+        ratio = fedgin.removeprefix("fedgin")
+        peers = {"FL": [f"fl{ratio}"], "the best local arm": local}
+        peers["centralized+gin"] = [f"centralized+gin{ratio}"]
+        for name, arms in peers.items():
+            found = []
+            for m in ("mri", "ct"):
+                dice = {a: summary[a]["dice", m][0] for a in (*arms, fedgin) if a in summary}
+                a = dice.pop(fedgin)
+                if dice and not math.isnan(a):
+                    peer, b = max(dice.items(), key=lambda item: item[1])
+                    change = f" ({a / b - 1:+.0%})" if b > 0 else ""
+                    found.append(f"{m.upper()} Dice {a:.3f} to {peer}'s {b:.3f}{change}")
+            lines += [f"- {fedgin} against {name}: {', '.join(found)}"] if found else []
+    return "\n".join(lines)

@@ -1,0 +1,304 @@
+"""predict.py as a user meets it: a checkpoint and scans in, label maps and scores out."""
+
+import csv
+import json
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    awkward_affine,
+    save,
+    shift,
+    truncate,
+    write_amos,
+    write_nnunet,
+    write_totalsegmentator,
+)
+from monai.inferers import sliding_window_inference
+from torch.nn import functional as F
+
+import fedgin
+import predict
+from data import NORMALIZATION, normalize, to_model_grid
+from datasets import ORGANS, DataError, find_cases
+from evaluate import dice
+from nifti import read_nifti
+from phantom import SPACING, phantom
+from unet3d import UNet3D
+
+CPU = torch.device("cpu")
+TINY = ["--rounds", "1", "--local-steps", "1", "--batch-size", "2"]
+TINY += ["--patch", "32", "--width", "2", "--depth", "2"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "out"
+    assert fedgin.main([*TINY, "--arms", "fl", "--out", str(out)]) == 0
+    return out / "fl.pt"
+
+
+def run(checkpoint, images, out, *args):
+    paths = ["--checkpoint", checkpoint, "--images", *np.atleast_1d(images), "--out", out]
+    return predict.main([str(arg) for arg in (*paths, *args)])
+
+
+# ------------------------------------------------------------------------------------- the model
+
+
+class Threshold(torch.nn.Module):
+    """Organ n where a voxel is above n."""
+
+    def __init__(self, organs=3):
+        super().__init__()
+        self.slope = torch.nn.Parameter(torch.arange(organs + 1.0))
+
+    def forward(self, x):
+        scores = [n * x - n * (n + 1) / 2 for n in self.slope]  # n overtakes n - 1 at x = n
+        return torch.cat(scores, dim=1)
+
+
+@pytest.mark.parametrize("shape", [(20, 31, 7), (8, 8, 8), (40, 3, 8)])
+def test_a_model_that_looks_at_single_voxels_is_the_same_on_any_volume(shape):
+    image = np.random.default_rng(0).uniform(-1, 5, shape).astype(np.float32)
+    labels = predict.segment(Threshold(), image, 8, shape)
+    clear = abs(image - np.rint(image)) > 1e-3
+    np.testing.assert_array_equal(labels[clear], np.floor(image).clip(0, 3)[clear])
+    assert labels.dtype == np.uint8
+
+
+def test_a_volume_is_segmented_as_by_monai_and_brought_to_the_scans_grid():
+    torch.manual_seed(0)
+    model = UNet3D(1, 4, 4, 3)
+    image = normalize(phantom(1, "ct", 0)[0], "ct")
+    size = (50, 41, 20)
+    labels = predict.segment(model, image, 16, size)
+    assert not model.training
+    with torch.no_grad():
+        logits = sliding_window_inference(
+            torch.from_numpy(image)[None, None], (16,) * 3, 2, model, 0.5, "gaussian", 0.125
+        )
+    logits = F.interpolate(logits, size, mode="trilinear")[0]
+    first, second = logits.topk(2, dim=0).values
+    clear = (first - second > 1e-3).numpy()
+    assert clear.mean() > 0.97
+    assert len(np.unique(labels)) > 1
+    np.testing.assert_array_equal(labels[clear], logits.argmax(0).numpy()[clear])
+
+
+def test_a_checkpoint_gives_its_model_back(checkpoint):
+    model, model_config = predict.load_model(checkpoint, CPU)
+    weights = torch.load(checkpoint, weights_only=True)["weights"]
+    assert model.state_dict().keys() == weights.keys()
+    assert all(torch.equal(w, weights[key]) for key, w in model.state_dict().items())
+    assert {key: model_config[key] for key in ("spacing", "patch", "width", "depth")} == {
+        "spacing": SPACING,
+        "patch": 32,
+        "width": 2,
+        "depth": 2,
+    }
+    assert tuple(model_config["organs"]) == ORGANS
+
+
+def test_a_checkpoint_runs_no_code_and_must_be_one(tmp_path, capsys):
+    class Evil:
+        def __reduce__(self):
+            return print, ("code ran",)
+
+    torch.save({"weights": Evil(), "model": {}}, tmp_path / "evil.pt")
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "junk.pt").write_bytes(b"junk")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    torch.save({"weights": {}}, tmp_path / "other.pt")
+    for name in ("evil.pt", "text.pt", "junk.pt", "empty.pt", "other.pt", "missing.pt"):
+        assert run(tmp_path / name, tmp_path, tmp_path / "out") == 2
+        shown = capsys.readouterr()
+        assert f"predict.py: {tmp_path / name}: no checkpoint of fedgin.py (" in shown.err
+        assert "code ran" not in shown.out
+        assert len(shown.err.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_of_another_network_or_normalization_is_refused(checkpoint, tmp_path):
+    content = torch.load(checkpoint, weights_only=True)
+    torch.save({**content, "model": {**content["model"], "width": 3}}, tmp_path / "wide.pt")
+    with pytest.raises(DataError, match=r"wide.pt: no checkpoint of fedgin.py \(Error.* loading"):
+        predict.load_model(tmp_path / "wide.pt", CPU)
+    window = {**NORMALIZATION, "ct": (-100.0, 240.0)}
+    torch.save({**content, "model": {**content["model"], "normalization": window}}, tmp_path / "w")
+    with pytest.raises(DataError, match=r"w: was trained with another normalization: .*-100.0"):
+        predict.load_model(tmp_path / "w", CPU)
+
+
+# ----------------------------------------------------------------------------------- which scans
+
+
+def write_empty(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"")
+
+
+def found(paths, modality=None, layout=None):
+    scans = predict.find_scans([str(path) for path in paths], modality, layout)
+    assert all(name == case.id for name, case in scans.items())
+    return {name: (case.modality, case.image) for name, case in scans.items()}
+
+
+def test_files_and_folders_of_files_are_found(tmp_path):
+    write_empty(tmp_path, "in/a.nii.gz", "in/b_0000.nii", "in/._c.nii.gz", "in/notes.txt", "d.nii")
+    assert found([tmp_path / "in", tmp_path / "d.nii"], "mri") == {
+        "a": ("mri", tmp_path / "in/a.nii.gz"),
+        "b": ("mri", tmp_path / "in/b_0000.nii"),
+        "d": ("mri", tmp_path / "d.nii"),
+    }
+    with pytest.raises(DataError, match="a.nii.gz: CT or MRI\\? Say so with --modality"):
+        found([tmp_path / "in"])
+
+
+def test_totalsegmentators_file_names_tell_the_modality_and_their_folder_the_id(tmp_path):
+    write_empty(tmp_path, "s1/ct.nii.gz", "s2/mri.nii.gz")
+    files = {"s1": ("ct", tmp_path / "s1/ct.nii.gz"), "s2": ("mri", tmp_path / "s2/mri.nii.gz")}
+    assert found([tmp_path / "s1", tmp_path / "s2/mri.nii.gz"]) == files
+    assert found([tmp_path]) == files
+    assert found([tmp_path], "mri") == {"s2": files["s2"]}
+
+
+def test_a_folder_in_a_known_layout_comes_with_its_labels(tmp_path):
+    write_amos(tmp_path, "ct", 1)
+    scans = predict.find_scans([str(tmp_path)], None, None)
+    assert list(scans.values()) == find_cases(tmp_path)
+    write_totalsegmentator(tmp_path, "ct", 1)
+    with pytest.raises(DataError, match="--layout"):
+        predict.find_scans([str(tmp_path)], None, None)
+    assert list(predict.find_scans([str(tmp_path)], None, "totalsegmentator")) == ["s0000"]
+
+
+def test_scans_of_one_name_and_paths_without_scans_are_refused(tmp_path):
+    write_empty(tmp_path, "a/x.nii.gz", "b/x_0000.nii")
+    with pytest.raises(DataError, match="b/x_0000.nii: there is another scan named x"):
+        found([tmp_path / "a", tmp_path / "b"], "ct")
+    with pytest.raises(DataError, match="nowhere: no such file or folder"):
+        found([tmp_path / "nowhere"], "ct")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="empty: no labelled case found; expected"):
+        found([tmp_path / "empty"], "ct")
+
+
+# ----------------------------------------------------------------------------------- label maps
+
+
+def test_predictions_lie_on_the_scans_own_grid(checkpoint, tmp_path, capsys):
+    write_totalsegmentator(tmp_path / "scans", "mri", 2)
+    order, affine = (2, 0, 1), awkward_affine((9, 8, 10), (1, -1, 1), (2, 0, 1))
+    for path in (tmp_path / "scans").rglob("*.nii.gz"):
+        save(path, np.transpose(np.asarray(nibabel.load(path).dataobj), order)[5:], affine)
+    assert run(checkpoint, tmp_path / "scans", tmp_path / "out") == 0
+    shown = capsys.readouterr().out
+    assert "| fl " in shown
+    assert f"2 of 2 scans segmented, in {tmp_path / 'out'}" in shown
+    ids = json.loads((tmp_path / "out/labels.json").read_text())
+    assert ids == {"background": 0, **{organ: n for n, organ in enumerate(ORGANS, start=1)}}
+    model, model_config = predict.load_model(checkpoint, CPU)
+    assert model_config["spacing"] == SPACING
+    with (tmp_path / "out/scores.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["organ"] for row in rows] == [*ORGANS, *ORGANS]
+    for case in find_cases(tmp_path / "scans"):
+        source = nibabel.load(case.image)
+        written = nibabel.load(tmp_path / f"out/{case.id}.nii.gz")
+        assert written.shape == source.shape
+        assert written.get_data_dtype() == np.uint8
+        np.testing.assert_allclose(written.affine, source.affine)
+        scan = read_nifti(case.image)
+        labels = predict.segment(model, to_model_grid(scan, "mri", SPACING), 32, scan.voxels.shape)
+        back = nibabel.as_closest_canonical(written)
+        np.testing.assert_array_equal(np.asarray(back.dataobj), labels)
+        liver = nibabel.load(case.image.parent / "segmentations/liver.nii.gz")
+        score = dice(np.asarray(written.dataobj) == 1, np.asarray(liver.dataobj) == 1)
+        [row] = [r for r in rows if (r["case"], r["organ"]) == (case.id, "liver")]
+        assert float(row["dice"]) == score
+        assert row["modality"] == "mri"
+
+
+def test_a_folder_that_holds_predictions_is_left_alone(checkpoint, tmp_path, capsys):
+    write_totalsegmentator(tmp_path / "scans", "mri", 1)
+    assert run(checkpoint, tmp_path / "scans", tmp_path / "out") == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert run(checkpoint, tmp_path / "scans", tmp_path / "out") == 2
+    assert "out: already holds predictions; choose another --out" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_organs_that_a_data_set_does_not_label_are_not_scored(checkpoint, tmp_path):
+    labels = {"background": 0, "liver": 6, "spleen": 1, "rest": [2, 3, 4, 8, 10]}
+    write_nnunet(tmp_path / "in", "ct", 1, labels=labels)
+    assert run(checkpoint, tmp_path / "in", tmp_path / "out", "--nsd-tolerance", 9) == 0
+    with (tmp_path / "out/scores.csv").open() as file:
+        rows = {row["organ"]: row for row in csv.DictReader(file)}
+    assert {organ for organ in ORGANS if rows[organ]["outcome"] == "unlabelled"} == {
+        "kidneys",
+        "pancreas",
+        "gallbladder",
+    }
+    assert rows["kidneys"]["dice"] == ""
+    assert 0 <= float(rows["liver"]["dice"]) <= 1
+
+
+def test_files_without_labels_and_odd_sizes(checkpoint, tmp_path, capsys):
+    save(tmp_path / "in/tiny.nii.gz", np.random.default_rng(0).normal(size=(3, 40, 9)))
+    save(tmp_path / "in/flat.nii", np.random.default_rng(0).normal(size=(50, 20, 1)))
+    assert run(checkpoint, tmp_path / "in", tmp_path / "out") == 2
+    assert "--modality" in capsys.readouterr().err
+    assert run(checkpoint, tmp_path / "in", tmp_path / "out", "--modality", "ct") == 0
+    assert nibabel.load(tmp_path / "out/tiny.nii.gz").shape == (3, 40, 9)
+    assert np.asarray(nibabel.load(tmp_path / "out/flat.nii.gz").dataobj).shape[:2] == (50, 20)
+    assert not (tmp_path / "out/scores.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "message"),
+    [
+        ("imagesTr/case_000_0000.nii.gz", truncate, "cannot be read"),
+        ("labelsTr/case_000.nii.gz", shift, "lies at another place than its scan"),
+    ],
+)
+def test_one_bad_scan_does_not_keep_the_others(checkpoint, name, spoil, message, tmp_path, capsys):
+    write_nnunet(tmp_path / "in", "ct", 2)
+    spoil(tmp_path / "in" / name)
+    assert run(checkpoint, tmp_path / "in", tmp_path / "out") == 1
+    shown = capsys.readouterr()
+    assert f"predict.py: {tmp_path / 'in' / name}: {message}" in shown.err
+    assert "1 of 2 scans segmented" in shown.out
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.nii.gz")) == ["case_001.nii.gz"]
+
+
+def test_a_bad_scan_without_labels_is_named(checkpoint, tmp_path, capsys):
+    save(tmp_path / "in/good.nii.gz", phantom(1, "ct", 0)[0])
+    save(tmp_path / "in/bad.nii.gz", phantom(1, "ct", 0)[0])
+    truncate(tmp_path / "in/bad.nii.gz")
+    assert run(checkpoint, tmp_path / "in", tmp_path / "out", "--modality", "ct") == 1
+    shown = capsys.readouterr()
+    assert f"predict.py: {tmp_path / 'in/bad.nii.gz'}: cannot be read" in shown.err
+    assert "1 of 2 scans segmented" in shown.out
+    assert (tmp_path / "out/good.nii.gz").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "the following arguments are required: --checkpoint, --images, --out"),
+        (["--modality", "pet"], "argument --modality: invalid choice: 'pet'"),
+        (["--nsd-tolerance", "far"], "argument --nsd-tolerance: invalid float value: 'far'"),
+        (["--check", "x"], "--checkpoint"),  # flags are not abbreviated
+    ],
+)
+def test_bad_flags_end_with_exit_code_2(args, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        predict.main(args)
+    assert end.value.code == 2
+    usage, error = capsys.readouterr().err.splitlines()
+    assert usage.endswith("--checkpoint FILE --images PATH [PATH …] --out DIR [options]")
+    assert message in error

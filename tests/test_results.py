@@ -1,0 +1,411 @@
+"""What a run leaves, what it refuses to go on from, and its tables by hand."""
+
+import csv
+import dataclasses
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny import assert_same, command, outcome
+
+import results
+from config import Config
+from data import NORMALIZATION
+from datasets import DataError
+from results import comparisons, mean, open_run, summarize, table, title
+
+ORGANS = ("liver", "spleen")
+HOSPITALS = {"mri": {"splits": {1: {"train": ["a", "b"]}}, "files": {"a": [[3, 4]]}}}
+
+
+@pytest.fixture
+def config(tmp_path):
+    return Config(organs=ORGANS, arms=("fl", "fedgin"), seeds=(1, 2), out=str(tmp_path / "out"))
+
+
+def state(seed, arm, rounds):
+    """The state of a training after some rounds, whose weights are the round they are of."""
+    weights = {"w": torch.full((2,), float(rounds))}
+    best = {"val_dice": 0.5, "round": 1, "weights": {"w": torch.ones(2)}}
+    history = [[seed, arm, n + 1, 1.5, 0.25, ""] for n in range(rounds)]
+    training = {"seed": seed, "arm": arm, "round": rounds, "weights": weights}
+    return {**training, "best": best, "history": history}
+
+
+def score(case, **dices):
+    """Scores of a case, by organ: Dice d, HD95 10 d, NSD d / 2; None for an absent organ."""
+    scores = {
+        organ: {"outcome": "scored", "dice": d, "hd95": 10 * d, "nsd": d / 2}
+        if d is not None
+        else {"outcome": "absent"}
+        for organ, d in dices.items()
+    }
+    return {"hospital": "mri", "modality": "mri", "case": case, "scores": scores}
+
+
+def names(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+# ----------------------------------------------------------------------------------- what is left
+
+
+def test_a_run_leaves_what_it_promises(config, tmp_path):
+    out = tmp_path / "out"
+    trainings = [(seed, arm) for seed in config.seeds for arm in config.arms]
+    with open_run(config, HOSPITALS) as run:
+        for n, (seed, arm) in enumerate(trainings):
+            assert not run.is_finished(seed, arm)
+            for rounds in (1, 2):
+                run.keep_round(state(seed, arm, rounds))
+                with (out / "history.csv").open(newline="") as file:
+                    rows = list(csv.reader(file))
+                assert ",".join(rows[0]) == "seed,arm,round,loss,val_dice_mri,val_dice_ct"
+                assert len(rows) == 1 + 2 * n + rounds
+                assert rows[-1] == [str(seed), arm, str(rounds), "1.5", "0.25", ""]
+            run.keep_model(state(seed, arm, 2))
+            run.finish(state(seed, arm, 2), [score("a", liver=n / 4, spleen=None)])
+            assert run.is_finished(seed, arm)
+        report = run.report()
+    models = [f"{arm}-seed{seed}.pt" for seed in (1, 2) for arm in ("fl", "fedgin")]
+    left = ["config.json", "history.csv", "hospitals/mri.json", "lock", "results.json"]
+    assert names(out) == sorted([*models, *left, "results.md"])
+    saved = json.loads((out / "config.json").read_text())
+    assert saved["seeds"] == [1, 2]
+    assert saved["versions"]["torch"] == torch.__version__
+    hospital = json.loads((out / "hospitals/mri.json").read_text())
+    assert hospital["splits"]["1"]["train"] == ["a", "b"]
+    found = json.loads((out / "results.json").read_text())
+    assert found["finished"] == [list(training) for training in trainings]
+    assert [(r["seed"], r["arm"], r["case"]) for r in found["results"]] == [
+        (*training, "a") for training in trainings
+    ]
+    assert found["history"] == [row for t in trainings for row in state(*t, 2)["history"]]
+    assert (out / "results.md").read_text() == f"{report}\n"
+    assert report.splitlines()[0] == title(config)
+    assert "| fl     | 0.250 ± 0.354 |" in report  # liver alone: 0 of seed 1 and 0.5 of seed 2
+    assert "| fedgin | 0.500 ± 0.354 |" in report
+    assert "- fedgin against FL: MRI Dice 0.500 to fl's 0.250 (+100%)" in report
+
+
+def test_a_model_is_its_best_weights_and_what_predict_needs(config, tmp_path):
+    one_seed = dataclasses.replace(config, seeds=(7,), spacing=9.0, patch=16, width=4, depth=3)
+    with open_run(one_seed, HOSPITALS) as run:
+        run.keep_model(state(7, "fedgin 1:5", 3))
+    saved = torch.load(tmp_path / "out/fedgin-1-5.pt", weights_only=True)
+    assert saved.pop("weights")["w"].tolist() == [1.0, 1.0]
+    model = {"organs": ORGANS, "spacing": 9.0, "normalization": NORMALIZATION}
+    assert saved == {
+        "val_dice": 0.5,
+        "round": 1,
+        "format": results.FORMAT,
+        "arm": "fedgin 1:5",
+        "seed": 7,
+        "model": {**model, "patch": 16, "width": 4, "depth": 3},
+    }
+
+
+def test_a_stopped_run_knows_where_it_stopped(config):
+    with open_run(config, HOSPITALS) as run:
+        assert run.checkpoint(1, "fl") == {}
+        run.keep_round(state(1, "fl", 2))
+        run.finish(state(1, "fl", 2), [score("a", liver=0.5, spleen=0.5)])
+        run.keep_round(state(1, "fedgin", 1))
+        run.keep_round(state(1, "fedgin", 2))
+    with open_run(dataclasses.replace(config, resume=True), HOSPITALS) as run:
+        assert run.is_finished(1, "fl")
+        for unfinished in ((1, "fedgin"), (2, "fl"), (2, "fedgin")):
+            assert not run.is_finished(*unfinished)
+        assert run.checkpoint(1, "fl") == run.checkpoint(2, "fedgin") == {}
+        found, kept = run.checkpoint(1, "fedgin"), state(1, "fedgin", 2)
+        for holder in (found, found["best"], kept, kept["best"]):
+            holder["weights"] = holder["weights"]["w"].tolist()
+        assert found == kept
+        run.finish(state(1, "fedgin", 2), [score("a", liver=1.0, spleen=1.0)])
+        assert "| fl     | 0.500" in run.report()  # of the first process
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "results.json"
+    results.write(path, b"old")
+    monkeypatch.setattr(results.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        results.write(path, b"new")
+    assert path.read_bytes() == b"old"
+    monkeypatch.undo()
+    results.write(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert names(tmp_path) == ["results.json"]
+
+
+# -------------------------------------------------------------------------------- what is refused
+
+
+def test_a_run_is_never_overwritten_unasked(config, tmp_path):
+    results.check_new(tmp_path / "out", resume=False)
+    results.check_new(tmp_path / "out", resume=True)
+    with open_run(config, HOSPITALS):
+        pass
+    with pytest.raises(DataError, match="out: already holds a run; --resume continues it, --out"):
+        results.check_new(tmp_path / "out", resume=False)
+    results.check_new(tmp_path / "out", resume=True)
+
+
+def refused(config, hospitals=HOSPITALS):
+    with pytest.raises(DataError) as caught, open_run(config, hospitals):
+        pytest.fail("went on")
+    return str(caught.value).removeprefix(f"{config.out}: ")
+
+
+def test_other_settings_and_other_data_are_refused_by_name(config, tmp_path):
+    with open_run(config, HOSPITALS):
+        pass
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.json")}
+    other = dataclasses.replace(config, lr=1e-3, width=4, resume=True, cache="elsewhere")
+    assert refused(other) == "holds a run with other width, lr; choose another --out"
+    [mri] = HOSPITALS.values()
+    split = {"mri": mri | {"splits": {1: {"train": ["a", "c"]}}}, "ct": mri}
+    assert refused(config, split) == "holds a run with other splits; choose another --out"
+    changed = {"mri": mri | {"files": {"a": [[3, 5]]}}}
+    assert (
+        refused(other, changed) == "holds a run with other width, lr, files; choose another --out"
+    )
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.json")} == before
+    for key, value in (("format", 0), ("lr", None)):
+        saved = json.loads(before[tmp_path / "out/config.json"])
+        (tmp_path / "out/config.json").write_text(json.dumps({**saved, key: value}))
+        assert refused(config) == f"holds a run with other {key}; choose another --out"
+    del saved["lr"]
+    (tmp_path / "out/config.json").write_text(json.dumps(saved))
+    assert refused(config) == "holds a run with other lr; choose another --out"
+
+
+def test_another_place_cache_and_version_do_not_matter(config, tmp_path):
+    with open_run(config, HOSPITALS):
+        pass
+    (tmp_path / "out").rename(tmp_path / "moved")
+    file = tmp_path / "moved/config.json"
+    saved = {**json.loads(file.read_text()), "versions": {"python": "3.10.1", "torch": "2.1"}}
+    file.write_text(json.dumps(saved))
+    changes = {"out": str(tmp_path / "moved"), "cache": "elsewhere", "no_cache": True}
+    with open_run(dataclasses.replace(config, resume=True, **changes), HOSPITALS):
+        assert json.loads(file.read_text()) == saved
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "hospitals/mri.json", "results.json", "checkpoint.pt"]
+)
+def test_a_damaged_file_is_named(name, config, tmp_path):
+    with open_run(config, HOSPITALS) as run:
+        run.keep_round(state(1, "fl", 1))
+        run.finish(state(1, "fl", 1), [])
+    path = tmp_path / "out" / name
+    whole = path.read_bytes()
+    for content in (b"junk", b"", b"\xff\xfe", whole[: len(whole) // 2]):
+        path.write_bytes(content)
+        with pytest.raises(DataError) as caught, open_run(config, HOSPITALS):
+            pytest.fail("went on")
+        assert str(caught.value).startswith(f"{path}: cannot be read (")
+        assert len(str(caught.value).splitlines()) == 1
+        assert path.read_bytes() == content
+    path.write_bytes(whole)
+    with open_run(config, HOSPITALS) as run:
+        assert run.is_finished(1, "fl")
+
+
+def test_a_checkpoint_runs_no_code(config, tmp_path, capsys):
+    class Evil:
+        def __reduce__(self):
+            return print, ("code ran",)
+
+    with open_run(config, HOSPITALS):
+        torch.save({"weights": Evil()}, tmp_path / "out/checkpoint.pt")
+    with pytest.raises(DataError, match="checkpoint.pt: cannot be read"), open_run(config, {}):
+        pytest.fail("went on")
+    assert "code ran" not in capsys.readouterr().out
+
+
+HOLD = """
+import fcntl, sys
+with open(sys.argv[1], "a") as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_two_processes_do_not_share_a_run(config, tmp_path):
+    with open_run(config, HOSPITALS):
+        message = "out: another process is at work on this run"
+        with pytest.raises(DataError, match=message), open_run(config, HOSPITALS):
+            pytest.fail("went on")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    args = [sys.executable, "-c", HOLD, str(tmp_path / "out/lock")]
+    with subprocess.Popen(args, **pipes) as process:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(DataError, match=message), open_run(config, HOSPITALS):
+            pytest.fail("went on")
+        process.kill()
+        process.wait()
+        with open_run(config, HOSPITALS):
+            pass
+    with pytest.raises(KeyError), open_run(config, HOSPITALS):
+        raise KeyError
+    with open_run(config, HOSPITALS):
+        pass
+
+
+# -------------------------------------------------------------------- the same through the command
+
+
+@pytest.mark.slow
+def test_resume_refuses_other_settings_other_data_and_other_formats(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert command("--out", out) == 0
+    before = outcome(out)
+    assert command("--out", out, "--resume") == 0  # nothing left to do
+    assert_same(before, outcome(out))
+    capsys.readouterr()
+    assert command("--out", out) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert command("--out", out, "--resume", "--lr", "1e-3", "--width", "4") == 2
+    assert "holds a run with other width, lr;" in capsys.readouterr().err
+    assert command("--out", out, "--resume", "--sites", "2") == 2
+    assert "holds a run with other sites;" in capsys.readouterr().err
+    assert sorted(path.name for path in (out / "hospitals").iterdir()) == ["ct.json", "mri.json"]
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, "format": 0}))
+    assert command("--out", out, "--resume") == 2
+    assert "holds a run with other format;" in capsys.readouterr().err
+    (out / "config.json").write_text(json.dumps(config))
+    assert_same(before, outcome(out))
+
+
+def test_resume_names_a_damaged_file(tmp_path, capsys):
+    assert command("--out", tmp_path, "--rounds", 1, "--arms", "fl") == 0
+    torch.save({}, tmp_path / "checkpoint.pt")
+    capsys.readouterr()
+    for name in ("checkpoint.pt", "results.json", "config.json"):
+        for content in (b"junk", (tmp_path / name).read_bytes()[:100]):
+            (tmp_path / name).write_bytes(content)
+            assert command("--out", tmp_path, "--rounds", 1, "--arms", "fl", "--resume") == 2
+            error = capsys.readouterr().err
+            assert f"{name}: cannot be read" in error
+            assert len(error.splitlines()) == 1
+
+
+def test_resume_refuses_files_that_changed(tmp_path, ct_folder, mri_folder, capsys):
+    shutil.copytree(mri_folder, tmp_path / "mri")
+    args = ["--ct", ct_folder, "--mri", tmp_path / "mri", "--spacing", 12, "--rounds", 1]
+    args += ["--out", tmp_path / "out"]
+    assert command(*args) == 0
+    assert command(*args, "--resume") == 0
+    os.utime(tmp_path / "mri/labelsTr/case_000.nii.gz", (1, 1))
+    assert command(*args, "--resume") == 2
+    assert "holds a run with other files;" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------- the tables
+
+
+def result(seed, modality, arm="fl", **dices):
+    return {**score("x", **dices), "arm": arm, "seed": seed, "modality": modality}
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_means_leave_out_what_was_not_scored():
+    assert mean([1.0, math.nan, 4.0]) == 2.5
+    assert math.isnan(mean([math.nan]))
+    assert math.isnan(mean([]))
+
+
+def test_means_and_deviations_by_hand():
+    # liver (0.5 + 1.0) / 2, spleen scored once: the mean over organs of the means over cases
+    found = [result(1, "mri", liver=0.5, spleen=None), result(1, "mri", liver=1.0, spleen=0.25)]
+    summary = summarize(found, ["liver", "spleen"])["fl"]
+    assert summary["dice", "mri"][0] == pytest.approx((0.75 + 0.25) / 2)
+    assert summary["hd95", "mri"][0] == pytest.approx((7.5 + 2.5) / 2)
+    counts = [summary[outcome, "mri"][0] for outcome in ("scored", "missed", "absent")]
+    assert counts == [3, 0, 1]
+    found = [result(s, m, liver=d) for s, m, d in ((1, "mri", 0.2), (2, "mri", 0.6))]
+    found += [result(s, m, liver=d) for s, m, d in ((1, "ct", 1.0), (2, "ct", 0.8))]
+    summary = summarize(found, ["liver"])
+    assert summary["fl"]["dice", "mri"] == pytest.approx((0.4, math.sqrt(0.08)))
+    assert summary["fl"]["dice", "ct"] == pytest.approx((0.9, math.sqrt(0.02)))
+    assert summary["fl"]["mean"] == pytest.approx((0.65, math.sqrt(2 * 0.05**2)))
+    lines = table(summary, ["liver"]).splitlines()
+    assert lines[0].split("|")[1:4] == [" arm ", " MRI Dice      ", " CT Dice       "]
+    assert lines[2] == "| fl  | 0.400 ± 0.283 | 0.900 ± 0.141 | 0.650 ± 0.071 | 0.40 / 0.90    |"
+    row = cells(lines[6])
+    assert row[:5] == ["fl", "4.0 ± 2.8", "9.0 ± 1.4", "0.200 ± 0.141", "0.450 ± 0.071"]
+    assert row[5:] == ["1 / 1", "0 / 0", "0 / 0"]
+
+
+def test_the_table_shows_what_was_not_scored():
+    row = table(summarize([result(1, "ct", liver=0.5)], ["liver"]), ["liver"]).splitlines()[2]
+    assert cells(row) == ["fl", "–", "0.500", "–", "– / 0.50"]
+
+
+def test_what_was_missed_counts_and_what_is_unlabelled_does_not():
+    found = [result(1, "mri", liver=0.5, spleen=0.5) for _ in range(3)]
+    found[0]["scores"]["spleen"] = {"outcome": "missed", "dice": 0, "hd95": 99.0, "nsd": 0}
+    found[1]["scores"]["spleen"] = {"outcome": "unlabelled"}
+    summary = summarize(found, ORGANS)
+    assert summary["fl"]["spleen", "mri"][0] == 0.25
+    assert summary["fl"]["hd95", "mri"][0] == pytest.approx((5 + (99 + 5) / 2) / 2)
+    row = cells(table(summary, ORGANS).splitlines()[-1])
+    assert row[5:] == ["4 / 0", "1 / 0", "0 / 0"]
+
+
+def compare(**dices):
+    """comparisons of {arm: (Dice on MRI, Dice on CT)}, by line."""
+    summary = {
+        arm: {("dice", m): (d, math.nan) for m, d in zip(("mri", "ct"), pair, strict=True)}
+        for arm, pair in dices.items()
+    }
+    return comparisons(summary).splitlines()
+
+
+def test_comparisons_by_hand():
+    arms = {"fl": (0.4, 0.8), "fedgin": (0.5, 0.6), "centralized+gin": (0.5, 0.0)}
+    arms |= {"mri-only": (0.25, 0.1), "ct-only": (0.2, 0.75), "ct-only+gin": (0.1, 0.7)}
+    assert compare(**arms) == [
+        "- fedgin against FL: MRI Dice 0.500 to fl's 0.400 (+25%), CT Dice 0.600 to fl's 0.800 "
+        "(-25%)",
+        "- fedgin against the best local arm: MRI Dice 0.500 to mri-only's 0.250 (+100%), CT Dice "
+        "0.600 to ct-only's 0.750 (-20%)",
+        "- fedgin against centralized+gin: MRI Dice 0.500 to centralized+gin's 0.500 (+0%), CT "
+        "Dice 0.600 to centralized+gin's 0.000",
+    ]
+
+
+def test_ratios_are_compared_with_the_same_ratio():
+    arms = {"mri-only": (0.2, 0.1)}
+    arms |= {"fl 1:1": (0.4, 0.5), "fedgin 1:1": (0.5, math.nan), "fedgin all": (0.6, 0.5)}
+    assert compare(**arms) == [
+        "- fedgin 1:1 against FL: MRI Dice 0.500 to fl 1:1's 0.400 (+25%)",
+        "- fedgin 1:1 against the best local arm: MRI Dice 0.500 to mri-only's 0.200 (+150%)",
+        "- fedgin all against the best local arm: MRI Dice 0.600 to mri-only's 0.200 (+200%), CT "
+        "Dice 0.500 to mri-only's 0.100 (+400%)",
+    ]
+    assert compare(**{"fl": (0.4, 0.5), "centralized+gin": (0.5, 0.6)}) == []
+
+
+def test_titles():
+    assert title(Config(seeds=(1, 2), ratios=("1:1", "all"))) == (
+        "## Test scores, limited scenario, MRI : CT 1:1 all, seeds 1 2: PHANTOMS (synthetic "
+        "volumes, not patients)"
+    )
+    on_scans = Config(scenario="complete", ct=("a",), mri=("b",))
+    assert title(on_scans) == "## Test scores, complete scenario, seeds 42: scans"
