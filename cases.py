@@ -81,6 +81,8 @@ def _value_problems(case: Case, scan: Scan) -> list[Problem]:
         what = f"every voxel is {low:g}"
     elif case.modality == "ct" and (low < -8192 or high > 65535):
         what = f"values {low:g} … {high:g} are no Hounsfield units"
+    elif case.modality == "ct" and low >= 0:
+        what = f"values {low:g} … {high:g} are no Hounsfield units, in which air is near −1000"
     elif case.modality == "mri" and max(-low, high) > 1e7:
         what = f"values {low:g} … {high:g} are no MRI signal"
     return [Problem(case.image, what)] if what else []

@@ -8,6 +8,7 @@ Some defaults differ between phantoms, which a CPU trains in minutes, and scans,
 
 import argparse
 import dataclasses
+import io
 import math
 import signal
 import sys
@@ -22,9 +23,10 @@ from datasets import LAYOUTS, ORGANS, DataError
 from phantom import SPACING
 
 GROUPS = {"scenario": "experiment", "ct": "data", "rounds": "training", "out": "run"}  # of flags
+LIMITS = {"depth": 12, "width": 4096, "patch": 4096, "sites": 10_000, "rounds": 10**6}
 NOT_COMPARED = ("out", "cache", "no_cache", "resume")  # a resumed run may change them
 # What a sentence explains; anything else is a bug.
-FORESEEN = (DataError, FloatingPointError, OSError, MemoryError, torch.cuda.OutOfMemoryError)
+FORESEEN = (DataError, FloatingPointError, OSError)
 
 
 def flag(default: Any, text: str, scans: Any = None, **more: Any) -> Any:
@@ -43,8 +45,8 @@ class Config:
     arms: tuple[str, ...] = flag(
         (), "ways to train, of %(choices)s (default: the scenario's)", metavar="ARM"
     )
-    ratios: tuple[str, ...] = flag(("1:5",), "MRI : CT training cases, if limited")
-    mri_cases: int = flag(2, "MRI training cases, if limited")
+    ratios: tuple[str, ...] = flag(None, "MRI : CT training cases, if limited (default: 1:5)")
+    mri_cases: int = flag(None, "MRI training cases, if limited (default: 2)")
     seeds: tuple[int, ...] = flag((42,), "a repetition each: mean ± deviation", metavar="N")
     ct: tuple[str, ...] = flag((), "folders of CT scans, each a hospital", metavar="DIR")
     mri: tuple[str, ...] = flag((), "folders of MRI scans, each a hospital", metavar="DIR")
@@ -67,7 +69,9 @@ class Config:
         4e-3, "first learning rate; round t of T has (1 − (t − 1) / T)^0.9 of it", scans=1e-3
     )
     gin_probability: float = flag(1.0, "share of images that GIN transforms, in arms that use it")
-    nsd_tolerance: float = flag(2.0, "mm within which a surface voxel counts as right")
+    nsd_tolerance: float = flag(
+        SPACING, "mm within which a surface voxel counts as right", scans=2.0
+    )
     out: str = flag("", "folder for the results (default: one in runs/)", metavar="DIR")
     cache: str = flag("", "for preprocessed scans (default: cache, beside --out)", metavar="DIR")
     no_cache: bool = flag(False, "keep preprocessed scans in memory instead")
@@ -81,6 +85,10 @@ class Config:
         out = Path(self.out or f"runs/{self.scenario}")
         object.__setattr__(self, "out", str(out))
         object.__setattr__(self, "cache", self.cache or str(out.parent / "cache"))
+        limited = {"ratios": ("1:5",), "mri_cases": 2} if self.scenario == "limited" else {}
+        for name, value in limited.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         check(self)
 
     @property
@@ -97,8 +105,13 @@ def check(config: Config) -> None:
         if field.name == "gin_probability":
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} must lie between 0 and 1, not {value}")
-        elif type(value) in (int, float) and not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"{name} must be a positive number, not {value}")
+        elif type(value) in (int, float):
+            if not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{name} must be a positive number, not {value}")
+            if value > LIMITS.get(field.name, math.inf):
+                raise ValueError(f"{name} can be at most {LIMITS[field.name]}")
+    if not all(0 <= seed < 2**63 for seed in config.seeds):
+        raise ValueError(f"--seeds {' '.join(map(str, config.seeds))}: must lie in 0 … 2^63 - 1")
     divisor = 2 ** (config.depth - 1)
     if config.patch % divisor or config.patch == divisor:
         raise ValueError(
@@ -111,6 +124,8 @@ def check(config: Config) -> None:
         raise ValueError(f"--spacing is for scans; phantoms have voxels of {SPACING:g} mm")
     if config.test and config.on_phantoms:
         raise ValueError("--test needs folders to train on; give --ct and --mri too")
+    if config.scenario != "limited" and (config.ratios or config.mri_cases):
+        raise ValueError("--ratios and --mri-cases are for --scenario limited")
 
 
 def make_parser(
@@ -148,7 +163,7 @@ def make_parser(
 
 def _default(field: dataclasses.Field) -> str:
     phantoms, scans = field.metadata["phantoms"], field.metadata["scans"]
-    if phantoms in ((), "", False):
+    if phantoms in ((), "", False, None):
         return ""
     shown = " ".join(map(str, phantoms)) if isinstance(phantoms, tuple) else phantoms
     return f" (default: {shown}{'' if scans is None else f', on scans {scans}'})"
@@ -176,33 +191,46 @@ def describe(config: Config, device: torch.device) -> str:
     settings = [
         f"  {key:16} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
         for key, value in dataclasses.asdict(config).items()
-        if value != ()
+        if value not in ((), "", None)
     ]
     return "\n".join([first, *settings, f"  {'device':16} {device}, torch {torch.__version__}"])
 
 
-def run_command(name: str, work: Callable[[], int | None]) -> int:
+def how_to_go_on(config: Config) -> str:
+    """What to say of a run that has ended early."""
+    if not (Path(config.out) / "config.json").exists():
+        return ""
+    return "\nFinished rounds are kept; the same command with --resume goes on."
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was wanting; PyTorch has no exception of its own for that on the CPU."""
+    kinds = (MemoryError, torch.cuda.OutOfMemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+
+
+def run_command(name: str, work: Callable[[], int | None], hint: Callable[[], str] = str) -> int:
     """Do a command's work and return its exit code; one line says what ended it, if something did.
 
     2 for bad input, 1 for a run that failed, 130 for one that was stopped. Any other exception is a
-    bug, which keeps its traceback.
+    bug, which keeps its traceback. hint() says how to go on, if one can.
     """
+    for stream in (sys.stdout, sys.stderr):  # names of files may be no UTF-8
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does
-    hint = "the same command with --resume goes on"
     try:
         return work() or 0
     except KeyboardInterrupt:
-        print(f"\n{name}: stopped; {hint}.", file=sys.stderr)
+        print(f"\n{name}: stopped{hint()}", file=sys.stderr)
         return 130
     except Exception as error:
         notes = "".join(f"{note}: " for note in reversed(getattr(error, "__notes__", [])))
         if isinstance(error, DataError) and not notes:
             print(f"{name}: {error}", file=sys.stderr)
             return 2
-        # PyTorch has no exception of its own for want of memory on the CPU.
-        if not isinstance(error, FORESEEN) and "can't allocate memory" not in str(error):
+        if not isinstance(error, FORESEEN) and not is_out_of_memory(error):
             raise
-        print(f"{name}: the run failed: {notes}{error}", file=sys.stderr)
-        print(f"Finished rounds are kept; {hint}.", file=sys.stderr)
+        print(f"{name}: the run failed: {notes}{error}{hint()}", file=sys.stderr)
         return 1

@@ -10,9 +10,12 @@ cubic voxels, normalized by its modality, and kept on disk for the next time.
 """
 
 import hashlib
+import json
 import os
 import shutil
+import sys
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cases import read_usable, split_duplicates
+from config import is_out_of_memory
 from datasets import Case, DataError
 from nifti import Scan, resample_image, resample_labels
 
@@ -33,7 +37,8 @@ NORMALIZATION = {
 }
 ORGAN_SHARE = 0.5  # of the patches is centred on a voxel of an organ, every organ as often
 VOXELS_PER_ORGAN = 1000  # candidates that a volume remembers for that
-CACHE_FORMAT = 2  # another number, and nothing of an older cache is used
+ARRAYS = ("image", "labels", "foreground_voxels")  # of a volume, a file each in the cache
+CACHE_FORMAT = 3  # another number, and nothing of an older cache is used
 
 
 # -------------------------------------------------------------------------- volumes and their cache
@@ -50,18 +55,36 @@ class Volume(NamedTuple):
     labelled: np.ndarray  # (1 + organs,) bool: what the case's data set labels; background always
     case: Case | None = None  # where it came from; None for what was made, not read
 
+    @property
+    def counts(self) -> np.ndarray:
+        """(1 + organs,) voxels by label."""
+        return np.bincount(self.labels.ravel(), minlength=len(self.labelled))
+
 
 class CachedVolume:
-    """A Volume whose arrays stay on disk, mapped into memory for as long as they are in use."""
+    """A Volume whose arrays stay on disk, mapped into memory for as long as they are in use.
 
-    def __init__(self, folder: Path, labelled: np.ndarray, case: Case) -> None:
+    What is used for the first time is compared with its checksum; a damaged entry is made anew.
+    """
+
+    def __init__(self, folder: Path, case: Case, organs: Sequence[str], spacing: float) -> None:
         self.id, self.modality, self.case = case.id, case.modality, case
-        self.folder, self.labelled = folder, labelled
+        self.labelled = labelled_organs(case, organs)
+        self.folder, self._preprocessing = folder, (case, organs, spacing)
+        entry = json.loads((folder / "entry.json").read_text())
+        self.counts, self._checksums = np.array(entry["counts"]), entry["checksums"]
 
     def __getattr__(self, name: str) -> np.ndarray:
-        if name not in ("image", "labels", "foreground_voxels"):
+        if name not in ARRAYS:
             raise AttributeError(name)
-        return np.load(self.folder / f"{name}.npy", mmap_mode="r")
+        path = self.folder / f"{name}.npy"
+        if name in self._checksums:
+            if not path.is_file() or zlib.crc32(path.read_bytes()) != self._checksums[name]:
+                tqdm.write(f"{path}: is damaged; {self.case.image} is read again", file=sys.stderr)
+                shutil.rmtree(self.folder)
+                _write_cache(self.folder, load_case(*self._preprocessing))
+            del self._checksums[name]
+        return np.load(path, mmap_mode="r")
 
 
 def load_case(case: Case, organs: Sequence[str], spacing: float) -> Volume:
@@ -149,6 +172,10 @@ def load_cases(
             return _load(case, organs, spacing, cache)
         except DataError as error:
             return error
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return DataError(f"{case.image}: too large for this machine's memory ({error})")
 
     cases, repeated = split_duplicates(cases)
     errors: list[Any] = list(repeated)
@@ -170,14 +197,17 @@ def _load(
     if cache is None:
         return load_case(case, organs, spacing)
     folder = cache / _cache_key(case, organs, spacing)
-    if not folder.is_dir():
+    try:
+        return CachedVolume(folder, case, organs, spacing)
+    except (OSError, ValueError, KeyError):  # not there yet, or damaged
+        shutil.rmtree(folder, ignore_errors=True)
         _write_cache(folder, load_case(case, organs, spacing))
-    return CachedVolume(folder, labelled_organs(case, organs), case)
+        return CachedVolume(folder, case, organs, spacing)
 
 
 def fingerprint(case: Case, organs: Sequence[str]) -> list[tuple[str, int, int]]:
     """Path, size and time of last change of each file of a case that is there."""
-    files = [path for path in (case.image, *case.label_files(organs)) if path.is_file()]
+    files = [path for path in case.files(organs) if path.is_file()]
     return [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 
@@ -194,8 +224,12 @@ def _write_cache(folder: Path, volume: Volume) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix="tmp-"))
     try:
-        for name in ("image", "labels", "foreground_voxels"):
+        checksums = {}
+        for name in ARRAYS:
             np.save(temporary / f"{name}.npy", getattr(volume, name))
+            checksums[name] = zlib.crc32((temporary / f"{name}.npy").read_bytes())
+        entry = {"counts": volume.counts.tolist(), "checksums": checksums}
+        (temporary / "entry.json").write_text(json.dumps(entry))
         temporary.rename(folder)
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)

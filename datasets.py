@@ -10,7 +10,9 @@ folder. No scan is opened here.
 
 import csv
 import hashlib
+import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -42,6 +44,13 @@ ORGAN_OF_NAME = {
         ["kidney", "kidney left", "left kidney", "kidney right", "right kidney"], "kidneys"
     ),
 }
+CHANNELS = {  # how the words of nnU-Net's channel names begin, by modality
+    "ct": ("ct",),
+    "mri": (
+        *("mr", "t1", "t2", "pd", "flair", "dwi", "adc", "dixon", "stir", "spir", "haste", "vibe"),
+        *("gre", "ssfp", "trufi", "water", "fat", "inphase", "outphase", "opposed"),
+    ),
+}
 KNOWN_BAD = {
     ("totalsegmentator", "s0864"): "is corrupt or has impossible values in some releases",
     ("totalsegmentator", "s0001"): "is rotated against its labels in some releases",
@@ -70,6 +79,10 @@ class Case(NamedTuple):
     image: Path
     masks: Masks
     values: tuple[int, ...] = ()  # all values that the data set lists; empty for binary masks
+
+    def files(self, organs: Sequence[str] = ORGANS) -> list[Path]:
+        """The scan, and the files of its labels."""
+        return [self.image, *self.label_files(organs)]
 
     def label_files(self, organs: Sequence[str]) -> dict[Path, list]:
         """Each label file with the (label, values) to look for in it, so that it is read once."""
@@ -105,24 +118,22 @@ def find_cases(
     [cases] = found.values()
     kept = [case for case in cases if modality in (None, case.modality)]
     if not kept:
-        held = cases[0].modality
-        raise DataError(f"{root}: holds {held.upper()} scans only; give it with --{held}")
+        raise DataError(f"{root}: holds {cases[0].modality.upper()} scans only, no {modality}")
     return kept
 
 
 def _find_totalsegmentator(root: Path) -> list[Case]:
-    splits = {}
-    if (root / "meta.csv").is_file():
-        with open(root / "meta.csv", encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(file, delimiter=";")
-            splits = {row.get("image_id"): row.get("split") or "" for row in rows}
+    scans = sorted([*root.glob("*/ct.nii.gz"), *root.glob("*/mri.nii.gz")])
+    splits = _read_splits(root / "meta.csv") if scans else {}
+    if splits and not any(scan.parent.name in splits for scan in scans):
+        raise DataError(f"{root / 'meta.csv'}: names none of the scans beside it")
     labelled = {
         organ: names
         for organ, names in TOTALSEGMENTATOR_MASKS.items()
         if any(file for name in names for file in root.glob(f"*/segmentations/{name}.nii.gz"))
     }
     cases = []
-    for scan in sorted([*root.glob("*/ct.nii.gz"), *root.glob("*/mri.nii.gz")]):
+    for scan in scans:
         id_, modality = scan.parent.name, scan.name.removesuffix(".nii.gz")
         masks: Masks = {
             organ: [(scan.parent / "segmentations" / f"{name}.nii.gz", ()) for name in names]
@@ -131,6 +142,32 @@ def _find_totalsegmentator(root: Path) -> list[Case]:
         split = splits.get(id_, "")
         cases.append(Case("totalsegmentator", str(root), id_, modality, split, scan, masks))
     return cases
+
+
+def _read_splits(file: Path) -> dict[str, str]:
+    """{id: split} of a meta.csv, {} if there is none; raises DataError where it cannot be told."""
+    if not file.is_file():
+        return {}
+    content = file.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = content.decode("latin-1")
+    header = text.partition("\n")[0]
+    try:
+        rows = list(csv.reader(io.StringIO(text), delimiter=max(";,\t", key=header.count)))
+        columns = [name.strip().lower() for name in rows[0]]
+        id_, split = columns.index("image_id"), columns.index("split")
+        splits = {row[id_].strip(): row[split].strip().lower() for row in rows[1:] if row}
+    except (csv.Error, ValueError, IndexError) as error:
+        raise DataError(
+            f"{file}: expected a table with the columns image_id and split ({error}); without the "
+            "file, a split is made by seed"
+        ) from error
+    unknown = sorted(set(splits.values()) - {*SPLITS, ""})
+    if unknown:
+        raise DataError(f"{file}: split {unknown[0]!r} is none of train, val, test")
+    return splits
 
 
 def _find_amos(root: Path) -> list[Case]:
@@ -164,18 +201,20 @@ def _find_nnunet(root: Path) -> list[Case]:
 def _read_dataset_json(file: Path) -> tuple[str, dict[str, tuple], tuple, str]:
     """Modality, label values by organ, all label values and the files' ending."""
     try:
-        dataset = json.loads(file.read_text(encoding="utf-8"))
-        channels = [str(name).lower() for name in dataset["channel_names"].values()]
+        dataset = json.loads(file.read_text(encoding="utf-8-sig"))
+        channels = [str(name) for name in dataset["channel_names"].values()]
         known: list[int] = []
         organs: dict[str, tuple[int, ...]] = {}
         for name, value in dataset["labels"].items():
             values = tuple(int(v) for v in np.atleast_1d(value))
-            known += values
             organ = ORGAN_OF_NAME.get(name.lower().replace("_", " "))
             if organ:
                 organs[organ] = organs.get(organ, ()) + values
+                if min(values) < 1 or max(values) > 65535:
+                    raise ValueError(f"label {name} is {values}, expected 1 to 65535")
+            known += values
         ending = str(dataset["file_ending"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise DataError(
             f"{file}: expected nnU-Net's channel_names, labels and file_ending "
             f"({type(error).__name__}: {error})"
@@ -184,7 +223,14 @@ def _read_dataset_json(file: Path) -> tuple[str, dict[str, tuple], tuple, str]:
         raise DataError(
             f"{file}: has {len(channels)} channels; expected one, CT or an MRI sequence"
         )
-    return "ct" if channels[0] == "ct" else "mri", organs, tuple(known), ending
+    words = re.findall("[a-z]+[0-9]*", channels[0].lower())
+    found = {m for m, starts in CHANNELS.items() for w in words if w.startswith(starts)}
+    if len(found) != 1 or "pet" in words:
+        raise DataError(
+            f"{file}: is channel {channels[0]!r} CT or MRI? Name it CT, MRI or by its sequence, T2 "
+            "for instance"
+        )
+    return found.pop(), organs, tuple(known), ending
 
 
 LAYOUTS = {
@@ -195,27 +241,28 @@ LAYOUTS = {
 
 
 def check_organs(labelled: Mapping[str, set[str]], organs: Sequence[str], partial: bool) -> None:
-    """Raise DataError unless every folder labels all organs (partial: one folder each of them).
+    """Raise DataError unless every folder labels all organs.
 
-    labelled: folder → the organs of which it has masks.
+    Partial: each folder one of them, and each organ by one folder. labelled: folder → the organs of
+    which it has masks.
     """
-    union = set().union(*labelled.values())
-    common = union.intersection(*labelled.values())
-    if set(organs) <= (union if partial else common):
+    union, common = set.union(*labelled.values()), set.intersection(*labelled.values())
+    usable = [organ for organ in ORGANS if organ in (union if partial else common)]
+    idle = [folder for folder, its_organs in labelled.items() if not its_organs & set(organs)]
+    if set(organs) <= set(usable) and not idle:
         return
-    lists = [
+    held = "; ".join(
         f"{name}: {', '.join(organ for organ in ORGANS if organ in its_organs) or 'none'}"
         for name, its_organs in labelled.items()
-    ]
-    advice = []
-    if union if partial else common:
-        usable = [organ for organ in ORGANS if organ in (union if partial else common)]
-        advice.append(f"--organs {' '.join(usable)}")
+    )
+    if partial and idle:
+        raise DataError(f"{idle[0]}: labels none of {', '.join(organs)} ({held}); leave it out")
+    advice = [f"--organs {' '.join(usable)}"] if usable else []
     if not partial and set(organs) <= union:
         advice.append("--partial-labels, and each hospital trains on the organs that it has")
     raise DataError(
-        f"not {'one folder' if partial else 'every folder'} labels {', '.join(organs)} "
-        f"({'; '.join(lists)}); use {' or '.join(advice) or 'folders that share an organ'}"
+        f"not {'one folder' if partial else 'every folder'} labels {', '.join(organs)} ({held}); "
+        f"use {' or '.join(advice) or 'folders that share an organ'}"
     )
 
 

@@ -12,8 +12,8 @@ import itertools
 import math
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import data
 import results
-from config import Config, describe, make_parser, run_command, to_config
+from config import Config, describe, how_to_go_on, make_parser, run_command, to_config
 from data import Volume
 from datasets import DataError
 from evaluate import dice, mixed_precision, score_case
@@ -115,10 +115,9 @@ def make_clients(
     config: Config, seed: int, label: str, hospitals: Sequence[Hospital], device: torch.device
 ) -> dict[str, Client]:
     """What federated averaging must know of those who train in an arm."""
-    classes, gin = len(config.organs) + 1, ARMS[label.split()[0]].gin
-    clients = {}
+    gin, clients = ARMS[label.split()[0]].gin, {}
     for name, (cases, steps) in choose_cases(config, label, hospitals).items():
-        counts = sum(np.bincount(case.labels.ravel(), minlength=classes) for case in cases)
+        counts = np.sum([case.counts for case in cases], axis=0)
         # A class weighs 1 / √(its share of the client's training voxels): with equal weights small
         # organs now and then vanish from the prediction for good.
         weight = torch.from_numpy(counts).clamp(min=1).float().rsqrt().to(device)
@@ -290,7 +289,7 @@ def test(config: Config, model: nn.Module, hospitals: Sequence[Hospital]) -> lis
 
 def run(config: Config) -> None:
     """Train and test every arm with every seed, and write the results to config.out."""
-    results.check_new(Path(config.out), config.resume)
+    results.check_out(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(describe(config, device))
     hospitals, left_out = load_hospitals(config)
@@ -308,24 +307,39 @@ def run(config: Config) -> None:
                         folder.keep_round(state)
                         *_, loss, mri, ct = state["history"][-1]
                         rounds.set_postfix({"loss": loss, "val_mri": mri, "val_ct": ct})
+                if math.isnan(state["best"]["val_dice"]):
+                    print(f"{label}: no validation case holds an organ; the last weights are kept")
                 folder.keep_model(state)
                 model = make_model(config, seed, device, state["best"]["weights"])
                 folder.finish(state, test(config, model, hospitals[seed]))
             except Exception as error:
                 error.add_note(f"seed {seed}, arm {label}")
                 raise
-        print(f"\n{folder.report()}\n\nEverything is in {config.out}{os.sep}")
+        report = folder.report(shares_by_ratio(config, hospitals[config.seeds[0]]))
+    print(f"\n{report}\n\nEverything is in {config.out}{os.sep}")
 
 
 def print_shares(config: Config, hospitals: Sequence[Hospital], left_out: Sequence[str]) -> None:
-    """Say who trains on how many cases; raises DataError for an arm that lacks a modality."""
+    """Say who holds and trains how many cases; raises DataError for an arm without a modality."""
     for reason in left_out:
         print(f"left out: {reason}")
+    for name, _, *parts in hospitals:
+        print("{}: {} cases to train, {} to validate, {} to test".format(name, *map(len, parts)))
     for label in run_labels(config):
         check_arm(label, hospitals)
         chosen = choose_cases(config, label, hospitals)
         shares = (f"{name} {len(cases)}" for name, (cases, _) in chosen.items())
         print(f"{label + ':':20} training cases: {', '.join(shares)}")
+
+
+def shares_by_ratio(config: Config, hospitals: Sequence[Hospital]) -> str:
+    """Each ratio with the training cases that it came to, as there may be too few for it."""
+    shares = []
+    for ratio in config.ratios or ():
+        pool, _ = choose_cases(config, f"centralized {ratio}", hospitals)["pooled"]
+        n = Counter(case.modality for case in pool)
+        shares.append(f"{ratio} ({n['mri']} : {n['ct']} cases)")
+    return ", ".join(shares)
 
 
 def parse(argv: Sequence[str] | None) -> Config:
@@ -337,7 +351,7 @@ def parse(argv: Sequence[str] | None) -> Config:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; see run_command for its exit codes."""
     config = parse(argv)
-    return run_command("fedgin.py", lambda: run(config))
+    return run_command("fedgin.py", lambda: run(config), functools.partial(how_to_go_on, config))
 
 
 if __name__ == "__main__":

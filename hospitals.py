@@ -65,6 +65,11 @@ def load_hospitals(
                 parts = phantom_cases(seed, source.modality, config.organs)
             else:
                 parts = split_volumes(source, volumes, seed, test_elsewhere=bool(config.test))
+                for split in ("train", "val"):
+                    held = [volume for volume in parts[split] if volume.counts[1:].any()]
+                    if n := len(parts[split]) - len(held):
+                        left_out.append(f"{source.name}, {split}: {n} scans without any organ")
+                    parts[split] = held
             by_seed[seed] += split_into_sites(source, parts, config.sites)
     return by_seed, left_out
 
@@ -91,7 +96,8 @@ def find_sources(config: Config) -> list[Source]:
     scans = Counter(case.image.resolve() for source in sources for case in source.cases)
     for scan, n in scans.items():
         if n > 1:
-            raise DataError(f"{scan}: is in two of the folders given; a scan has one role only")
+            where = "in two of the folders given, or under two names"
+            raise DataError(f"{scan}: is there twice, {where}; a scan has one role only")
     return sources
 
 

@@ -20,7 +20,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -30,7 +29,7 @@ from tqdm import tqdm
 
 import fedgin
 import results
-from config import NOT_COMPARED, Config, describe, make_parser, run_command, to_config
+from config import NOT_COMPARED, Config, describe, how_to_go_on, make_parser, run_command, to_config
 from datasets import DataError, check_organs
 from federated import State, weighted_average
 from hospitals import Hospital, load_hospitals, record
@@ -205,7 +204,7 @@ def run(config: Config, name: str, timeout: float) -> None:
     print(describe(config, device))
     [seed], [arm] = config.seeds, config.arms
     with Peers(name, timeout) as peers:
-        results.check_new(Path(config.out), config.resume)
+        results.check_out(config)
         by_seed, left_out = load_hospitals(config, alone=False)
         hospitals = [by_seed[seed][0]._replace(name=name), *by_seed[seed][1:]]
         for reason in left_out:
@@ -296,7 +295,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     fixed = {"scenario": "complete", "arms": (args.arm,), "seeds": (args.seed,)}
     config = to_config(parser, args, **fixed, out=args.out or f"runs/{args.arm}-{name}")
     command = f"multisite.py (rank {os.environ['RANK']}, {name})"
-    return run_command(command, lambda: run(config, name, args.timeout))
+    return run_command(
+        command, lambda: run(config, name, args.timeout), lambda: how_to_go_on(config)
+    )
 
 
 if __name__ == "__main__":

@@ -138,8 +138,11 @@ def write_nifti(path: Path, labels: np.ndarray, scan: Scan) -> None:
     header = scan.header.copy()
     header.set_data_dtype(np.uint8)
     temporary = path.with_name(f"tmp-{path.name}")
-    nibabel.save(nibabel.Nifti1Image(turned, scan.file_affine, header), temporary)
-    temporary.replace(path)
+    try:
+        nibabel.save(nibabel.Nifti1Image(turned, scan.file_affine, header), temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # --------------------------------------------------------------------------------------- resampling

@@ -7,10 +7,12 @@ Where there are labels it prints scores and writes them to scores.csv.
 
 import argparse
 import csv
+import hashlib
 import json
+import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +22,12 @@ from torch import nn
 from tqdm import tqdm
 
 from cases import read_usable
+from config import is_out_of_memory, run_command
 from data import NORMALIZATION, labelled_organs, to_model_grid
 from datasets import LAYOUTS, Case, DataError, find_cases
 from evaluate import mixed_precision, score_case, sliding_window
 from nifti import read_nifti, resample_labels, write_nifti
-from results import METRICS, summarize, table
+from results import METRICS, read, summarize, table, write
 from unet3d import UNet3D
 
 
@@ -52,23 +55,32 @@ def load_model(path: Path, device: torch.device) -> tuple[nn.Module, dict]:
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        model_config = checkpoint["model"]
-        size = model_config["width"], model_config["depth"]
-        model = UNet3D(1, len(model_config["organs"]) + 1, *size)
-        model.load_state_dict(checkpoint["weights"])
+        model_config, weights = checkpoint["model"], checkpoint["weights"]
+        width, depth = int(model_config["width"]), int(model_config["depth"])
+        if not (1 <= depth <= 12 and all(torch.isfinite(w).all() for w in weights.values())):
+            raise ValueError("its depth or its weights cannot be")
+        with torch.device("meta"):  # no memory before the weights are known to fit
+            model = UNet3D(1, len(model_config["organs"]) + 1, width, depth)
+        model.load_state_dict(weights, assign=True)
+        normalization = {k: tuple(v) for k, v in model_config["normalization"].items()}
     except Exception as error:  # PyTorch has many for a file that is not its own
         message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(f"{path}: no checkpoint of fedgin.py ({message})") from error
-    normalization = {k: tuple(v) for k, v in model_config["normalization"].items()}
     if normalization != NORMALIZATION:
         raise DataError(f"{path}: was trained with another normalization: {normalization}")
     model.to(device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     return model, model_config
 
 
-def find_scans(paths: Sequence[str], modality: str | None, layout: str | None) -> dict[str, Case]:
-    """{name: Case} of files, folders of files and folders in a known layout."""
-    scans: dict[str, Case] = {}
+def find_scans(
+    paths: Sequence[str], out: Path, modality: str | None, layout: str | None
+) -> dict[Path, Case]:
+    """{its label map: Case} of files, folders of files and folders in a known layout.
+
+    Ids are unique within a folder only: where several are named, each has a folder of its own below
+    out. Raises DataError for a label map that would stand for two scans or lie among scans.
+    """
+    scans: dict[Path, Case] = {}
     for path in map(Path, paths):
         files = sorted(f for f in path.glob("[!.]*") if f.name.endswith((".nii", ".nii.gz")))
         if path.is_dir() and not files:
@@ -76,34 +88,73 @@ def find_scans(paths: Sequence[str], modality: str | None, layout: str | None) -
         elif not path.exists():
             raise DataError(f"{path}: no such file or folder")
         else:
-            cases = []
-            for file in files or [path]:
-                name = file.name.removesuffix(".gz").removesuffix(".nii").removesuffix("_0000")
-                kind = modality or {"ct": "ct", "mri": "mri"}.get(name)
-                name = file.resolve().parent.name if name in ("ct", "mri") else name
-                if kind is None:
-                    raise DataError(f"{file}: CT or MRI? Say so with --modality")
-                cases.append(Case("file", str(path), name, kind, "", file, {}))
+            cases = [_case_of_file(file, path, modality) for file in files or [path]]
+        folder = out / path.resolve().name if path.is_dir() and len(paths) > 1 else out
         for case in cases:
-            if case.id in scans:
+            target = folder / f"{case.id}.nii.gz"
+            if target in scans:
                 raise DataError(f"{case.image}: there is another scan named {case.id}")
-            scans[case.id] = case
+            scans[target] = case
+    taken = {file.resolve().parent for case in scans.values() for file in case.files()}
+    for folder in (out.resolve(), *out.resolve().parents):
+        if folder in taken:
+            raise DataError(f"--out {out}: lies in {folder}, which holds scans or labels")
     return scans
 
 
-def predict(case: Case, model: nn.Module, model_config: dict, out: Path, tolerance: float) -> dict:
-    """Write the label map of a scan to out/ID.nii.gz; return its scores, {} without labels."""
+def _case_of_file(file: Path, path: Path, modality: str | None) -> Case:
+    name = file.name.removesuffix(".gz").removesuffix(".nii").removesuffix("_0000")
+    kind = modality or {"ct": "ct", "mri": "mri"}.get(name)
+    name = file.resolve().parent.name if name in ("ct", "mri") else name
+    if kind is None:
+        raise DataError(f"{file}: CT or MRI? Say so with --modality")
+    return Case("file", str(path), name, kind, "", file, {})
+
+
+def open_out(out: Path, checkpoint: Path, organs: Sequence[str], targets: Iterable[Path]) -> None:
+    """Make or continue a folder of predictions; raises DataError where that would lose a file.
+
+    A folder is continued by the checkpoint that it was begun with.
+    """
+    about = {"checkpoint": hashlib.sha256(checkpoint.read_bytes()).hexdigest()}
+    about_file, labels_file = out / "predictions.json", out / "labels.json"
+    if about_file.exists():
+        if read(about_file, missing={}) != about:
+            raise DataError(f"{out}: holds predictions of another checkpoint; choose another --out")
+        for leftover in out.rglob("tmp-*.nii.gz"):
+            leftover.unlink()
+        return
+    for path in (labels_file, out / "scores.csv", *targets):
+        if path.exists():
+            raise DataError(f"{path}: is there, and not of this command; choose another --out")
+    ids = {"background": 0} | {organ: n for n, organ in enumerate(organs, start=1)}
+    out.mkdir(parents=True, exist_ok=True)
+    write(labels_file, json.dumps(ids, indent=1).encode())
+    write(about_file, json.dumps(about, indent=1).encode())
+
+
+def predict(case: Case, model: nn.Module, model_config: dict, path: Path, tolerance: float) -> dict:
+    """Write the label map of a scan to `path`, unless it is there; return its scores.
+
+    Without labels there are none: {}. Raises DataError for a scan that cannot be used.
+    """
     organs = model_config["organs"]
-    if case.masks:
-        scan, target = read_usable(case, organs)
-    else:
-        try:
+    if path.exists() and not case.masks:
+        return {}
+    try:
+        if case.masks:
+            scan, target = read_usable(case, organs)
+        else:
             scan, target = read_nifti(case.image), None
-        except ImageFileError as error:
-            raise DataError(f"{case.image}: {error}") from error
-    image = to_model_grid(scan, case.modality, model_config["spacing"])
-    labels = segment(model, image, model_config["patch"], scan.voxels.shape)
-    write_nifti(out / f"{case.id}.nii.gz", labels, scan)
+        if path.exists():
+            labels = read_nifti(path).voxels.astype(np.uint8)
+        else:
+            image = to_model_grid(scan, case.modality, model_config["spacing"])
+            labels = segment(model, image, model_config["patch"], scan.voxels.shape)
+            path.parent.mkdir(exist_ok=True)
+            write_nifti(path, labels, scan)
+    except ImageFileError as error:
+        raise DataError(f"{case.image}: {error}") from error
     if target is None:
         return {}
     labelled = labelled_organs(case, organs)
@@ -119,6 +170,12 @@ def write_scores(path: Path, results: Sequence[dict]) -> None:
             for organ, s in result["scores"].items():
                 metrics = [s.get(metric, "") for metric in METRICS]
                 writer.writerow([result["case"], result["modality"], organ, s["outcome"], *metrics])
+
+
+def _millimetres(text: str) -> float:
+    if not (math.isfinite(float(text)) and float(text) > 0):
+        raise argparse.ArgumentTypeError(f"must be a positive number, not {text}")
+    return float(text)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -137,41 +194,43 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--modality", choices=NORMALIZATION, help="where names do not tell it")
     parser.add_argument("--layout", choices=LAYOUTS, help="where a folder looks like two")
     text = "mm within which a surface voxel counts as right (default: 2)"
-    parser.add_argument("--nsd-tolerance", type=float, default=2.0, metavar="MM", help=text)
+    parser.add_argument("--nsd-tolerance", type=_millimetres, default=2.0, metavar="MM", help=text)
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; exit code 0, 1 if a scan could not be segmented, 2 for bad input."""
-    args = parse(argv)
+def run(args: argparse.Namespace) -> int:
+    """Segment every scan that can be; 1 if one could not."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        model, model_config = load_model(args.checkpoint, device)
-        scans = find_scans(args.images, args.modality, args.layout)
-        if (args.out / "labels.json").exists():
-            raise DataError(f"{args.out}: already holds predictions; choose another --out")
-        args.out.mkdir(parents=True, exist_ok=True)
-        organs = model_config["organs"]
-        ids = {"background": 0} | {organ: n for n, organ in enumerate(organs, start=1)}
-        (args.out / "labels.json").write_text(json.dumps(ids, indent=1), encoding="utf-8")
-    except (DataError, OSError) as error:
-        print(f"predict.py: {error}", file=sys.stderr)
-        return 2
+    model, model_config = load_model(args.checkpoint, device)
+    scans = find_scans(args.images, args.out, args.modality, args.layout)
+    organs = model_config["organs"]
+    open_out(args.out, args.checkpoint, organs, scans)
     results, failed = [], 0
-    for case in tqdm(scans.values(), desc="segmenting", unit="scan"):
+    for path, case in tqdm(scans.items(), desc="segmenting", unit="scan"):
         try:
-            scores = predict(case, model, model_config, args.out, args.nsd_tolerance)
-        except (DataError, OSError) as error:
-            tqdm.write(f"predict.py: {error}", file=sys.stderr)
+            scores = predict(case, model, model_config, path, args.nsd_tolerance)
+        except (DataError, OSError, MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+                raise
+            named = "" if isinstance(error, DataError) else f"{case.image}: "
+            tqdm.write(f"predict.py: {named}{error}", file=sys.stderr)
             failed += 1
         else:
-            about = {"arm": args.checkpoint.stem, "seed": 0, "case": case.id}
+            name = str(path.relative_to(args.out)).removesuffix(".nii.gz")
+            about = {"arm": args.checkpoint.stem, "seed": 0, "case": name}
             results += [{**about, "modality": case.modality, "scores": scores}] if scores else []
     if results:
         print(table(summarize(results, organs), organs))
         write_scores(args.out / "scores.csv", results)
     print(f"{len(scans) - failed} of {len(scans)} scans segmented, in {args.out}{os.sep}")
     return int(failed > 0)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; exit code 0, 1 if a scan could not be segmented, 2 for bad input."""
+    args = parse(argv)
+    hint = "; the same command goes on with what is missing"
+    return run_command("predict.py", lambda: run(args), lambda: hint)
 
 
 if __name__ == "__main__":

@@ -41,12 +41,26 @@ OUTCOMES = ("scored", "missed", "absent")  # that are counted; the fourth is "un
 class Run:
     """What the run in a folder has done, and where it stopped."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, n_test: Mapping[int, int]) -> None:
+        """n_test: test cases by seed. Raises DataError for files that no run leaves like this."""
         self.config, self.out = config, Path(config.out)
-        self._done: dict = read(self.out / "results.json") or {}
-        self._checkpoint: dict = read(self.out / "checkpoint.pt") or {}
-        for key in ("finished", "history", "results"):
-            self._done.setdefault(key, [])
+        nothing: dict = {"finished": [], "history": [], "results": []}
+        self._done = read(self.out / "results.json", missing=nothing)
+        self._checkpoint = read(self.out / "checkpoint.pt", missing={})
+        with _blaming(self.out / "results.json"):
+            for seed, arm in self._done["finished"]:
+                rows = [r for r in self._done["results"] if (r["seed"], r["arm"]) == (seed, arm)]
+                rounds = [r for r in self._done["history"] if r[:2] == [seed, arm]]
+                if len(rows) < n_test.get(seed, 0) or not rounds:
+                    raise ValueError(f"{arm}, seed {seed}, has too few scores or rounds")
+        if (self.out / "checkpoint.pt").exists():
+            with _blaming(self.out / "checkpoint.pt"):
+                state = self._checkpoint
+                if not 0 < state["round"] == len(state["history"]) <= config.rounds:
+                    raise ValueError(f"round {state['round']} of {config.rounds}")
+                for weights in (state["weights"], state["best"]["weights"]):
+                    if not all(torch.isfinite(w).all() for w in weights.values()):
+                        raise ValueError("weights that are NaN or infinite")
 
     def is_finished(self, seed: int, arm: str) -> bool:
         return [seed, arm] in self._done["finished"]
@@ -80,14 +94,24 @@ class Run:
         self._done["finished"].append([seed, arm])
         write(self.out / "results.json", json.dumps(self._done, indent=1).encode())
 
-    def report(self) -> str:
+    def report(self, shares: str = "") -> str:
         """Write the tables to results.md and remove what only an unfinished run needs."""
         summary = summarize(self._done["results"], self.config.organs)
         tables = table(summary, self.config.organs)
-        text = "\n\n".join([title(self.config), tables, comparisons(summary)])
+        text = "\n\n".join([title(self.config, shares), tables, comparisons(summary)])
         write(self.out / "results.md", f"{text}\n".encode())
         (self.out / "checkpoint.pt").unlink(missing_ok=True)
         return text
+
+
+@contextlib.contextmanager
+def _blaming(path: Path) -> Iterator[None]:
+    """Turn whatever a file of another form leads to into a DataError that names the file."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        what = f"is not what a run leaves ({type(error).__name__}: {error})"
+        raise DataError(f"{path}: {what}; choose another --out") from error
 
 
 def model_path(config: Config, arm: str, seed: int) -> Path:
@@ -96,10 +120,20 @@ def model_path(config: Config, arm: str, seed: int) -> Path:
     return Path(config.out) / f"{arm.replace(':', '-').replace(' ', '-')}{suffix}.pt"
 
 
-def check_new(out: Path, resume: bool) -> None:
-    """Raise DataError for a folder that holds a run, unless that is to be resumed."""
-    if (out / "config.json").exists() and not resume:
-        raise DataError(f"{out}: already holds a run; --resume continues it, --out makes another")
+def check_out(config: Config) -> None:
+    """Raise DataError unless the run can have its folder: new, or its own and to be resumed."""
+    out = Path(config.out)
+    if (out / "config.json").exists():
+        if not config.resume:
+            raise DataError(f"{out}: holds a run; --resume continues it, --out makes another")
+        return
+    names = ("history.csv", "results.json", "results.md", "*.pt")
+    foreign = [file for name in names for file in out.glob(name)]
+    if foreign:
+        raise DataError(f"{foreign[0]}: is there, and no run beside it; choose another --out")
+    parent = next(folder for folder in (out, *out.resolve().parents) if folder.exists())
+    if not os.access(parent, os.W_OK):
+        raise DataError(f"{parent}: cannot be written; choose another --out")
 
 
 @contextlib.contextmanager
@@ -119,7 +153,7 @@ def open_run(config: Config, hospitals: Mapping[str, dict]) -> Iterator[Run]:
     with _locked(out):
         differ: dict[str, None] = {}
         for path, content in contents.items():
-            kept = read(path) or content
+            kept = read(path, missing=content)
             differ |= dict.fromkeys(key for key in content if content[key] != kept.get(key))
         fields = ", ".join(field for field in differ if field not in (*NOT_COMPARED, "versions"))
         if fields:
@@ -128,7 +162,13 @@ def open_run(config: Config, hospitals: Mapping[str, dict]) -> Iterator[Run]:
         for path, content in contents.items():
             if not path.exists():
                 write(path, json.dumps(content, indent=1).encode())
-        yield Run(config)
+        tests = {
+            seed: sum(
+                len(about["splits"].get(seed, {}).get("test", ())) for about in hospitals.values()
+            )
+            for seed in config.seeds
+        }
+        yield Run(config, tests)
 
 
 @contextlib.contextmanager
@@ -154,17 +194,21 @@ def save(path: Path, content: dict) -> None:
     write(path, buffer.getvalue())
 
 
-def read(path: Path) -> dict | None:
-    """What a JSON file or a checkpoint holds, None if there is no such file."""
+def read(path: Path, missing: dict) -> dict:
+    """What a JSON file or a checkpoint holds, or `missing` if there is no such file."""
     if not path.exists():
-        return None
+        return missing
     try:
         if path.suffix == ".json":
-            return json.loads(path.read_text(encoding="utf-8"))
-        return torch.load(path, map_location="cpu", weights_only=True)
+            content = json.loads(path.read_text(encoding="utf-8"))
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # PyTorch has many for a file that is not its own
         what = f"cannot be read ({type(error).__name__})"
         raise DataError(f"{path}: {what}; choose another --out") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: is not what a run leaves; choose another --out")
+    return content
 
 
 def write(path: Path, content: bytes) -> None:
@@ -186,9 +230,9 @@ def mean(values: Iterable[float]) -> float:
     return statistics.fmean(scored) if scored else math.nan
 
 
-def title(config: Config) -> str:
-    """What the tables of a run are of."""
-    ratios = f", MRI : CT {' '.join(config.ratios)}" if config.scenario == "limited" else ""
+def title(config: Config, shares: str = "") -> str:
+    """What the tables of a run are of; shares: the training cases by ratio, if limited."""
+    ratios = f", MRI : CT {shares}" if shares else ""
     source = "PHANTOMS (synthetic volumes, not patients)" if config.on_phantoms else "scans"
     seeds = " ".join(map(str, config.seeds))
     return f"## Test scores, {config.scenario} scenario{ratios}, seeds {seeds}: {source}"

@@ -4,6 +4,7 @@ python docs/figures.py                 # docs/gin.png: what GIN does to a CT and
 python docs/figures.py RUN_DIR [OUT]   # validation.png, predictions.png, ratios.png of any run
 """
 
+import argparse
 import csv
 import dataclasses
 import json
@@ -27,6 +28,7 @@ import fedgin
 import predict
 import results
 from config import Config
+from datasets import DataError
 from gin import gin
 from hospitals import load_hospitals
 from phantom import phantom
@@ -137,8 +139,9 @@ def predictions(run: Path, path: Path) -> None:
     config = read_config(run)
     seed, device = config.seeds[0], torch.device("cpu")
     hospitals = load_hospitals(config)[0][seed]
+    last_ratio = list((config.ratios or ())[-1:])
     arms = [label for label in fedgin.run_labels(config) if " " not in label]
-    arms += [label for label in fedgin.run_labels(config) if label.endswith(config.ratios[-1])]
+    arms += [label for label in fedgin.run_labels(config) if label.split()[1:] == last_ratio]
     cases = {}
     for hospital in hospitals:
         for case in hospital.test:
@@ -208,16 +211,31 @@ def ratios(run: Path, path: Path) -> None:
     save(figure, path)
 
 
-def main(args: list[str]) -> None:
-    if not args:
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", nargs="?", type=Path, metavar="RUN_DIR", help="the --out of a run")
+    parser.add_argument("out", nargs="?", type=Path, help="folder for pictures (default: RUN_DIR)")
+    args = parser.parse_args(argv)
+    if args.run is None:
         gallery(ROOT / "docs/gin.png")
-        return
-    run, out = Path(args[0]), Path(args[-1])
+        return 0
+    try:
+        config = results.read(args.run / "config.json", missing={})
+        finished = results.read(args.run / "results.json", missing={}).get("finished")
+    except DataError as error:
+        parser.error(str(error))
+    if not config or not finished:
+        parser.error(f"{args.run}: nothing to draw, as no arm of a run is finished there")
+    out = args.out or args.run
     out.mkdir(parents=True, exist_ok=True)
-    validation(run, out / "validation.png")
-    predictions(run, out / "predictions.png")
-    ratios(run, out / "ratios.png")
+    validation(args.run, out / "validation.png")
+    predictions(args.run, out / "predictions.png")
+    if len(config["ratios"] or ()) > 1:
+        ratios(args.run, out / "ratios.png")
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main())

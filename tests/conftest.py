@@ -202,7 +202,7 @@ UNREADABLE = {
 # How a case can be spoilt by files that can be read.
 UNFIT = {
     "affine": (shift, "lies at another place than its scan ct.nii.gz"),
-    "shape": (lambda p: save(p, np.eye(4, dtype=np.uint8)[:, :, None]), "(4, 4, 1)"),
+    "shape": (lambda p: save(p, np.eye(4, dtype=np.int8)[:, :, None] - 1), "(4, 4, 1)"),
 }
 OF_SCANS = UNFIT | {
     "no HU": (set_voxel(-9758.0), "no Hounsfield units"),

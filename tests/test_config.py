@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fedgin
-from config import Config, describe, make_parser, run_command, to_config
+from config import Config, describe, how_to_go_on, make_parser, run_command, to_config
 from datasets import ORGANS, DataError
 
 SCANS = {"ct": ("ct_set",), "mri": ("mri_set",)}
@@ -235,10 +235,10 @@ def test_bad_input_takes_one_line_and_exit_code_2(capsys):
 )
 def test_a_run_that_failed_says_where_and_takes_exit_code_1(error, message, capsys):
     notes = "round 3, hospital mri", "seed 1, arm fl"
-    assert run_command("x.py", raising(error, *notes)) == 1
+    assert run_command("x.py", raising(error, *notes), lambda: "\nand so on") == 1
     said, hint = capsys.readouterr().err.splitlines()
     assert said.startswith(f"x.py: the run failed: {notes[1]}: {notes[0]}: {message}")
-    assert hint == "Finished rounds are kept; the same command with --resume goes on."
+    assert hint == "and so on"
 
 
 @pytest.mark.parametrize(
@@ -264,10 +264,17 @@ def wait_to_be_stopped():
 def test_a_run_that_is_stopped_says_how_to_go_on(stop, capsys):
     timer = threading.Timer(0.2, os.kill, (os.getpid(), stop))
     timer.start()
-    assert run_command("x.py", wait_to_be_stopped) == 130
+    assert run_command("x.py", wait_to_be_stopped, lambda: "; and so on") == 130
     timer.join()
-    said = capsys.readouterr().err.strip()
-    assert said == "x.py: stopped; the same command with --resume goes on."
+    assert capsys.readouterr().err.strip() == "x.py: stopped; and so on"
+
+
+def test_only_a_run_that_can_be_resumed_says_so(tmp_path):
+    config = Config(out=str(tmp_path / "out"))
+    assert how_to_go_on(config) == ""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/config.json").write_text("{}")
+    assert "the same command with --resume goes on" in how_to_go_on(config)
 
 
 def test_a_thread_may_run_a_command(capsys):

@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -438,10 +439,32 @@ def test_every_part_of_a_batch_is_pinned_if_wanted(monkeypatch):
         assert all(torch.equal(x + 1, y) for x, y in zip(a, b, strict=True))
 
 
-def test_a_cache_that_is_gone_names_the_case(tmp_path):
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 16
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["image", "labels", "foreground_voxels", "entry"])
+@pytest.mark.parametrize("spoil", [Path.unlink, truncate, flip, lambda p: p.write_bytes(b"")])
+def test_a_damaged_entry_of_the_cache_is_made_anew(name, spoil, tmp_path, capsys):
+    cases = find_cases(write_nnunet(tmp_path / "mri", "mri", 1))
+    plain = load_case(cases[0], ORGANS, 12.0)
+    load_cases(cases, ORGANS, 12.0, tmp_path / "cache")
+    [path] = (tmp_path / "cache").rglob(f"{name}.*")
+    spoil(path)
+    volumes, _ = load_cases(cases, ORGANS, 12.0, tmp_path / "cache")
+    [volume] = volumes.values()
+    for array in ("image", "labels", "foreground_voxels", "counts"):
+        np.testing.assert_array_equal(getattr(volume, array), getattr(plain, array))
+    if name != "entry":
+        assert f"{name}.npy: is damaged; {cases[0].image} is read again" in capsys.readouterr().err
+
+
+def test_a_cache_that_goes_with_its_scan_names_it(tmp_path):
     cases = find_cases(write_nnunet(tmp_path / "mri", "mri", 1))
     volumes, _ = load_cases(cases, ORGANS, 12.0, tmp_path / "cache")
-    for path in (tmp_path / "cache").rglob("image.npy"):
+    for path in [*(tmp_path / "cache").rglob("image.npy"), cases[0].image]:
         path.unlink()
-    with pytest.raises(DataError, match="case case_000: .*image.npy"):
+    with pytest.raises(DataError, match="case_000_0000.nii.gz: missing"):
         next(patches(list(volumes.values()), 8, 1, 1, torch.Generator().manual_seed(0)))

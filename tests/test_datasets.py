@@ -2,10 +2,14 @@
 
 import json
 import shutil
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import save, write_amos, write_nnunet, write_totalsegmentator
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from datasets import DataError, check_organs, find_cases, split_cases
 
@@ -43,7 +47,7 @@ def test_each_layout_is_told_from_what_the_folder_holds(layout, modality, tmp_pa
     assert [case.folder for case in cases] == [str(tmp_path)] * 2
     assert find_cases(tmp_path, modality) == find_cases(tmp_path, layout=layout) == cases
     other = {"ct": "mri", "mri": "ct"}[modality]
-    message = f"holds {modality.upper()} scans only; give it with --{modality}"
+    message = f"holds {modality.upper()} scans only, no"
     with pytest.raises(DataError, match=message):
         find_cases(tmp_path, other)
 
@@ -211,7 +215,7 @@ def test_bad_folders_are_named(tmp_path, mri_folder):
         find_cases(tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"no labelled case found; expected"):
         find_cases(tmp_path)
-    with pytest.raises(DataError, match=r"holds MRI scans only; give it with --mri"):
+    with pytest.raises(DataError, match=r"holds MRI scans only, no ct"):
         find_cases(mri_folder, "ct")
 
 
@@ -262,3 +266,126 @@ def test_organs_that_a_folder_does_not_label(tmp_path):
         check_organs({"few": {"liver"}, "other": set()}, ["liver"], partial=False)
     with pytest.raises(DataError, match=r"a: liver; b: spleen\); use folders that share an organ"):
         check_organs({"a": {"liver"}, "b": {"spleen"}}, organs, partial=False)
+
+
+# ------------------------------------------------------------------------- what cannot be told
+
+
+@pytest.mark.parametrize("delimiter", [";", ",", "\t"])
+@pytest.mark.parametrize("header", ["image_id;split", "Image_ID;Split", "age; IMAGE_ID ;x; SPLIT "])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "latin-1"])
+def test_the_split_is_read_whatever_the_table_looks_like(delimiter, header, encoding, tmp_path):
+    columns = header.split(";")
+    cells = {"image_id": "s000{}", "split": "{}", "age": "ä{}", "x": "{}"}
+    rows = [header]
+    for i, split in enumerate(["train", "Test", "val"]):
+        values = {"image_id": i, "split": split, "age": i, "x": i}
+        names = [name.strip().lower() for name in columns]
+        rows.append(";".join(cells[name].format(values[name]) for name in names))
+    text = "\n".join(rows).replace(";", delimiter)
+    write_scans(tmp_path, 3)
+    (tmp_path / "meta.csv").write_bytes(text.encode(encoding))
+    assert [case.split for case in find_cases(tmp_path)] == ["train", "test", "val"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "expected a table with the columns image_id and split"),
+        ("id;split\ns0000;test", "expected a table with the columns image_id and split"),
+        ("image_id;part\ns0000;test", "expected a table with the columns image_id and split"),
+        ("image_id split\ns0000 test", "expected a table with the columns image_id and split"),
+        ("image_id;split\ns0000", "expected a table with the columns image_id and split"),
+        ("image_id;split\ns0000;holdout", "split 'holdout' is none of train, val, test"),
+        ("image_id;split\ns9999;test", "names none of the scans beside it"),
+        (f"image_id;split\ns0000;{'x' * 200_000}", "expected a table with the columns"),
+    ],
+)
+def test_a_split_that_cannot_be_read_is_refused(content, message, tmp_path):
+    write_scans(tmp_path, 1)
+    (tmp_path / "meta.csv").write_text(content)
+    with pytest.raises(DataError, match=f"meta.csv: {message}"):
+        find_cases(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("channel", "modality"),
+    [
+        *((name, "ct") for name in ("CT", "ct", "CT (HU)", "CT_venous")),
+        *((name, "mri") for name in ("MRI", "T2", "t1", "T1_in_phase", "MR-T2-SPIR", "FLAIR")),
+    ],
+)
+def test_channel_names_tell_the_modality(channel, modality, tmp_path):
+    write_nnunet(tmp_path, "ct", 1)
+    dataset = json.loads((tmp_path / "dataset.json").read_text())
+    dataset["channel_names"] = {"0": channel}
+    text = json.dumps(dataset)
+    (tmp_path / "dataset.json").write_text(text, encoding="utf-8-sig")  # a byte-order mark is fine
+    assert [case.modality for case in find_cases(tmp_path)] == [modality]
+
+
+@pytest.mark.parametrize("channel", ["PET", "PET/CT", "SUV", "0", "", "ultrasound", "CT and MR"])
+def test_a_channel_that_is_neither_is_refused(channel, tmp_path):
+    write_nnunet(tmp_path, "ct", 1)
+    dataset = json.loads((tmp_path / "dataset.json").read_text())
+    (tmp_path / "dataset.json").write_text(json.dumps({**dataset, "channel_names": {"0": channel}}))
+    with pytest.raises(DataError, match="dataset.json: is channel .* CT or MRI"):
+        find_cases(tmp_path)
+
+
+@pytest.mark.parametrize("value", [0, -1, 10**30, float("inf"), float("nan"), "six", None, [[]]])
+def test_a_label_value_that_cannot_be_is_refused(value, tmp_path):
+    write_nnunet(tmp_path, "ct", 1)
+    dataset = json.loads((tmp_path / "dataset.json").read_text())
+    dataset["labels"]["liver"] = value
+    (tmp_path / "dataset.json").write_text(json.dumps(dataset))
+    with pytest.raises(DataError, match="dataset.json: expected nnU-Net's channel_names, labels"):
+        find_cases(tmp_path)
+
+
+def test_a_folder_that_labels_none_of_the_organs_is_refused_even_with_partial_labels():
+    labelled = {"a": {"liver", "spleen"}, "b": {"kidneys"}}
+    with pytest.raises(DataError, match="b: labels none of liver, spleen .*; leave it out"):
+        check_organs(labelled, ["liver", "spleen"], partial=True)
+
+
+# ------------------------------------------------------------------- any folder (hypothesis)
+
+
+@st.composite
+def folders(draw):
+    """{id: split or None for a scan that meta.csv does not list} of a TotalSegmentator folder."""
+    ids = draw(st.sets(st.integers(0, 9999), min_size=1, max_size=25))
+    splits = st.sampled_from(["train", "val", "test", "", None])
+    return {f"s{i:04d}": draw(splits) for i in sorted(ids)}
+
+
+@given(folders(), st.integers(0, 10**6), st.booleans(), st.randoms())
+@settings(max_examples=40, deadline=None)
+def test_every_case_has_one_split_and_the_data_sets_own_is_kept(found, seed, elsewhere, draw):
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        for id_ in found:
+            (root / id_).mkdir()
+            (root / id_ / "mri.nii.gz").touch()
+        rows = [f"{id_};{split}" for id_, split in found.items() if split is not None]
+        if rows:
+            draw.shuffle(rows)
+            (root / "meta.csv").write_text("\n".join(["image_id;split", *rows]))
+        cases = find_cases(root)
+    assert [case.id for case in cases] == list(found)
+    parts = split_cases(cases, seed, elsewhere)
+    placed = [case.id for part in parts.values() for case in part]
+    own_test = {id_ for id_, split in found.items() if split == "test"}
+    assert sorted(placed) == sorted(found.keys() - (own_test if elsewhere else set()))
+    where = {case.id: split for split, part in parts.items() for case in part}
+    for id_, split in found.items():
+        if split in ("val", "test") and id_ in where:
+            assert where[id_] == split
+        elif split == "train":
+            others = set(found.values())
+            assert where[id_] != "test" or "test" not in others
+            assert where[id_] != "val" or "val" not in others
+    shuffled = list(cases)
+    draw.shuffle(shuffled)
+    assert split_cases(shuffled, seed, elsewhere) == parts

@@ -5,8 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from monai.inferers import sliding_window_inference
 from monai.metrics import compute_dice, compute_hausdorff_distance, compute_surface_dice
 from scipy import ndimage
+from torch import nn
 
 from evaluate import dice, hd95, mixed_precision, nsd, score_case, sliding_window
 
@@ -33,9 +35,12 @@ def test_dice_of_empty_masks():
 
 
 def test_dice_refuses_other_input():
-    with pytest.raises(ValueError, match="boolean"):
-        dice(np.ones(3), np.ones(3, bool))
-    with pytest.raises(ValueError, match="one shape"):
+    for masks in ((np.ones(3), np.ones(3, bool)), (np.ones(3, bool), np.ones(3))):
+        with pytest.raises(ValueError, match="boolean"):
+            dice(*masks)
+        with pytest.raises(ValueError, match="boolean"):
+            hd95(*masks, [1])
+    with pytest.raises(ValueError, match=r"one shape, not bool \(3,\) and bool \(1,\)"):
         dice(np.ones(3, bool), np.ones(1, bool))
 
 
@@ -55,13 +60,57 @@ def test_a_model_that_copies_gives_the_volume_back(size, overlap, batch_size):
     assert patches
 
 
-def test_windows_are_few_and_cover_the_volume():
+@pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5])
+@pytest.mark.parametrize("more", [(0, 0, 0), (1, 2, 1), (-5, 1, -7), (-2, -1, 3)])
+def test_equals_monais_sliding_window(more, overlap):
+    """Where both cut the same windows: axes whole steps longer than a patch, or voxels shorter."""
+    torch.manual_seed(0)
+    patch = (8, 4, 12)
+    steps = [int(p * (1 - overlap)) if n > 0 else 1 for p, n in zip(patch, more, strict=True)]
+    size = [p + n * step for p, n, step in zip(patch, more, steps, strict=True)]
+    volume, place, seen = torch.randn(2, *size), torch.randn(patch), []
+
+    def model(x):
+        seen.append(x)
+        x = x * place  # the answer depends on where in the patch a voxel lies
+        return torch.cat([x, x.sum(1, keepdim=True).cos()], dim=1)
+
+    found = sliding_window(model, volume, patch, overlap, batch_size=1)
+    ours, padding = seen.copy(), {"mode": "gaussian", "cval": float(volume.min())}
+    seen.clear()
+    expected = sliding_window_inference(volume[None], patch, 1, model, overlap, **padding)[0]
+    assert torch.equal(torch.cat(ours), torch.cat(seen))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("size", "patch", "overlap", "windows"),
+    [
+        ((10, 4, 4), 4, 0.5, 4),  # starts 0, 2, 4, 6
+        ((4, 3, 1), 4, 0.5, 1),
+        ((10,), 5, 0.5, 4),  # steps of 2
+        ((3,), 2, 0.5, 2),
+        ((3,), 1, 0.5, 3),
+    ],
+)
+def test_windows_are_few_and_cover_the_volume(size, patch, overlap, windows):
     calls = []
-    sliding_window(lambda x: calls.append(1) or x, torch.randn(1, 10, 4, 4), 4, 0.5, batch_size=1)
-    assert len(calls) == 4  # starts 0, 2, 4, 6
-    calls.clear()
-    sliding_window(lambda x: calls.append(1) or x, torch.randn(1, 4, 3, 1), 4, 0.5, batch_size=1)
-    assert len(calls) == 1
+    sliding_window(lambda x: calls.append(1) or x, torch.randn(1, *size), patch, overlap, 1)
+    assert len(calls) == windows
+
+
+def test_patches_overlap_by_half_and_come_in_pairs_without_gradient():
+    model, shapes = nn.Conv1d(1, 1, 1), []
+    found = sliding_window(lambda x: shapes.append(x.shape) or model(x), torch.zeros(1, 12), 8)
+    assert shapes == [(2, 1, 8)]
+    assert not found.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_blending_is_in_float32(dtype):
+    volume = torch.randn(1, 20, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = sliding_window(lambda x: x, volume, 8)
+    torch.testing.assert_close(found, volume.float(), rtol=1e-6, atol=1e-6)
 
 
 def test_blending_is_the_gaussian_mean_of_the_overlapping_patches():
@@ -84,12 +133,6 @@ def test_blending_is_the_gaussian_mean_of_the_overlapping_patches():
     assert blended.tolist() == pytest.approx(expected, abs=1e-6)
 
 
-def test_small_volumes_are_padded_with_their_minimum():
-    seen = []
-    sliding_window(lambda x: seen.append(x) or x, torch.full((1, 2, 2, 2), 3.0), 4)
-    assert seen[0].unique().tolist() == [3.0]
-
-
 def test_more_channels_may_come_out_than_go_in():
     volume = torch.randn(1, 9, 5, 6)
     out = sliding_window(lambda x: torch.cat([x, -x, 2 * x], dim=1), volume, (4, 4, 4))
@@ -99,8 +142,9 @@ def test_more_channels_may_come_out_than_go_in():
 def test_sliding_window_refuses_what_cannot_work():
     with pytest.raises(ValueError, match="overlap"):
         sliding_window(lambda x: x, torch.zeros(1, 4, 4, 4), 4, overlap=1.0)
-    with pytest.raises(ValueError, match="patch"):
-        sliding_window(lambda x: x, torch.zeros(1, 4, 4, 4), (4, 4))
+    for patch in ((4, 4), (4, 4, 0), 0):
+        with pytest.raises(ValueError, match="patch"):
+            sliding_window(lambda x: x, torch.zeros(1, 4, 4, 4), patch)
 
 
 def blob(rng, shape, quantile):
@@ -212,10 +256,26 @@ def test_scores_of_a_case_by_hand():
     assert scores["pancreas"] == {**missed, "outcome": "scored"}  # it is not there: a false alarm
     assert scores["kidneys"] == {"outcome": "absent"}
     assert scores["gallbladder"] == {"outcome": "unlabelled"}
+    scores = score_case(prediction, target, organs, (1.0, 2.5))
+    assert scores["gallbladder"] == {"outcome": "absent"}  # where all are labelled
+    assert scores["liver"]["nsd"] == pytest.approx(2 / 3)  # within 2 mm
+    assert score_case(prediction, target, organs, (1.0, 2.5), 2.5)["liver"]["nsd"] == 1
 
 
-def test_mixed_precision_is_for_gpus_that_compute_in_it(monkeypatch):
-    assert mixed_precision(torch.device("cpu")) is None
-    for capable, dtype in ((True, torch.bfloat16), (False, None)):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda capable=capable, **_: capable)
-        assert mixed_precision(torch.device("cuda")) is dtype
+@pytest.mark.parametrize(
+    ("device", "native", "emulated", "dtype"),
+    [
+        ("cuda", True, True, torch.bfloat16),
+        ("cuda", False, True, None),
+        ("cuda", False, False, None),
+        ("cpu", True, True, None),
+    ],
+)
+def test_mixed_precision_is_for_gpus_that_compute_in_it(
+    device, native, emulated, dtype, monkeypatch
+):
+    def supported(including_emulation=True):
+        return emulated if including_emulation else native
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert mixed_precision(torch.device(device)) is dtype

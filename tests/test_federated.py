@@ -33,7 +33,9 @@ def test_dtypes_are_kept_and_integers_rounded():
             "half": torch.tensor(value, dtype=torch.float16),
             "double": torch.tensor(value, dtype=torch.float64),
             "count": torch.tensor(int(value)),
+            "up": torch.tensor(int(value > 1)),
             "flag": torch.tensor(value > 1),
+            "rare": torch.tensor(value < 2),
             "complex": torch.tensor(value * 1j),
         }
 
@@ -41,7 +43,9 @@ def test_dtypes_are_kept_and_integers_rounded():
     assert {k: v.dtype for k, v in mean.items()} == {k: v.dtype for k, v in state(1.0).items()}
     assert mean["half"] == mean["double"] == 3.25
     assert mean["count"] == 3
+    assert mean["up"] == 1  # of 0.75
     assert mean["flag"]
+    assert not mean["rare"]  # 0.25
     assert mean["complex"] == 3.25j
 
 
@@ -68,6 +72,11 @@ def test_reads_once_keeps_one_state_and_leaves_it_untouched():
     assert state["w"].tolist() == [6.0] * 3
 
 
+def test_parameters_may_be_averaged_as_they_are():
+    mean = weighted_average((dict(small_model().named_parameters()), n) for n in (1, 2))
+    assert not any(w.requires_grad for w in mean.values())
+
+
 @pytest.mark.parametrize("n_k", [0, -1, math.nan, math.inf])
 def test_bad_n_k_is_refused(n_k):
     with pytest.raises(ValueError, match="state 1: n_k"):
@@ -77,8 +86,8 @@ def test_bad_n_k_is_refused(n_k):
 @pytest.mark.parametrize(
     ("second", "error", "message"),
     [
-        ({}, ValueError, "state 1: keys differ .* w"),
-        ({"w": torch.ones(2), "v": torch.ones(1)}, ValueError, "state 1: keys differ .* v"),
+        ({}, ValueError, "state 1: keys differ from state 0's: w$"),
+        ({k: torch.ones(2) for k in "wvu"}, ValueError, "state 1: keys differ .*: u, v$"),
         ({"w": torch.ones(3)}, ValueError, r"state 1: w has shape \(3,\), not \(2,\)"),
         ({"w": torch.tensor([1.0, math.nan])}, FloatingPointError, "state 1: w .* NaN or infinite"),
         ({"w": torch.tensor([1.0, -math.inf])}, FloatingPointError, "1: w .* NaN or infinite"),
@@ -388,21 +397,40 @@ def test_a_failure_of_the_batches_is_noted_too():
 # ------------------------------------------------------------------------------- local training
 
 
-def test_local_training_is_adamw_with_clipping():
-    """One step by hand: a fresh AdamW's first step is lr · sign(gradient), after weight decay."""
-    model = small_model()
-    x, y = some_batches(1, 3)[0]
-    reference = copy.deepcopy(model)
-    loss = F.mse_loss(reference(x), 100 * y)
-    loss.backward()
-    norm = math.sqrt(sum(p.grad.square().sum().item() for p in reference.parameters()))
-    assert norm > 1
-    returned = train_locally(model, [(x, 100 * y)], F.mse_loss, lr=0.01, weight_decay=0.1)
-    assert returned == pytest.approx(loss.item())
-    for w, start in zip(model.parameters(), reference.parameters(), strict=True):
-        gradient = start.grad / (norm + 1e-6)
-        expected = start * (1 - 0.01 * 0.1) - 0.01 * gradient / (gradient.abs() + 1e-8)
-        torch.testing.assert_close(w, expected)
+@pytest.mark.parametrize("more", [{}, {"weight_decay": 0.1, "max_norm": 0.3}])
+def test_local_training_is_adamw_with_clipping(more):
+    """By hand, with gradients long and short: Adam alone would not notice that all are scaled."""
+
+    def loss(logits, targets):
+        y, scale = targets
+        return scale * F.mse_loss(logits, y)
+
+    decay, max_norm = more.get("weight_decay", 1e-4), more.get("max_norm", 1.0)
+    model = small_model().double()
+    (x, y), (x2, y2) = some_batches(2, 3)
+    batches = [(x.double(), (y.double(), 100)), (x2.double(), (y2.double(), 0.1))]
+    by_hand = [w.detach().clone() for w in model.parameters()]
+    moments, losses, norms, lr = [(0, 0) for _ in by_hand], [], [], 0.01
+    for step, (x, targets) in enumerate(batches, start=1):
+        reference = copy.deepcopy(model)
+        for w, value in zip(reference.parameters(), by_hand, strict=True):
+            w.data = value
+        losses.append(loss(reference(x).float(), targets))
+        gradients = torch.autograd.grad(losses[-1], list(reference.parameters()))
+        norms.append(math.sqrt(sum(g.square().sum().item() for g in gradients)))
+        for n, g in enumerate(gradients):
+            g = g * min(1, max_norm / (norms[-1] + 1e-6))
+            first, second = moments[n]
+            first, second = 0.9 * first + 0.1 * g, 0.999 * second + 0.001 * g * g
+            moments[n] = first, second
+            move = (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
+            by_hand[n] = by_hand[n] - lr * decay * by_hand[n] - lr * move
+    assert norms[0] > max_norm > norms[1]
+    returned = train_locally(model, batches, loss, lr=lr, **more)
+    assert type(returned) is float
+    assert returned == pytest.approx(sum(losses).item() / 2)
+    for w, expected in zip(model.parameters(), by_hand, strict=True):
+        torch.testing.assert_close(w.detach(), expected, rtol=0, atol=1e-8)
 
 
 def test_local_training_learns():
@@ -417,12 +445,20 @@ def test_no_batch_is_refused():
         train_locally(small_model(), [], F.mse_loss, lr=0.01)
 
 
-def test_mixed_precision_gives_the_loss_float32_logits():
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
+def test_mixed_precision_is_the_networks_alone(autocast):
+    """And the network is in training mode, whatever it was in before."""
     dtypes = []
+
+    class Network(nn.Linear):
+        def forward(self, x):
+            assert self.training
+            dtypes.append(super().forward(x).dtype)
+            return super().forward(x)
 
     def loss(logits, targets):
         dtypes.append(logits.dtype)
         return F.mse_loss(logits, targets)
 
-    train_locally(small_model(), some_batches(1, 0), loss, lr=0.01, autocast=torch.bfloat16)
-    assert dtypes == [torch.float32]
+    train_locally(Network(3, 2).eval(), some_batches(1, 0), loss, lr=0.01, autocast=autocast)
+    assert dtypes == [autocast or torch.float32, torch.float32]

@@ -6,18 +6,22 @@ import itertools
 import json
 import math
 import os
+import re
 import resource
 import runpy
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiny
 import torch
 from conftest import truncate, write_nnunet, write_totalsegmentator
+from monai.losses import DiceLoss
 from tiny import assert_same, outcome
 from torch import nn
+from torch.nn import functional as F
 
 import data
 import fedgin
@@ -25,6 +29,7 @@ import predict
 import results
 from datasets import DataError
 from evaluate import dice, score_case
+from gin import GIN, gin
 from hospitals import Hospital, load_hospitals
 from phantom import SPACING, phantom
 from unet3d import UNet3D
@@ -153,6 +158,64 @@ def test_the_same_command_twice_is_bit_identical(tmp_path):
     assert differ(weights(tmp_path / "a/fl.pt"), weights(tmp_path / "a/fedgin.pt"))
 
 
+@pytest.fixture
+def quick(monkeypatch):
+    """Training that moves the head by the learning rate, and a threshold instead of the network."""
+
+    training = SimpleNamespace(rates=[], fails_at=0)
+
+    def train(model, batches, loss_function, lr, autocast):
+        training.rates.append(lr)
+        if len(training.rates) == training.fails_at:
+            raise OSError("the disk is gone")
+        with torch.no_grad():
+            model.head.bias += lr
+        return lr
+
+    monkeypatch.setattr(fedgin, "train_locally", train)
+    monkeypatch.setattr(fedgin, "segment", lambda model, image, *_: (image > 0).astype(np.uint8))
+    return training
+
+
+def test_a_run_goes_on_where_it_stopped_and_is_never_begun_anew(
+    tmp_path, quick, monkeypatch, capsys
+):
+    args = ["--arms", "fl", "mri-only", "--rounds", 3, "--seeds", 1, "--out"]
+    assert command(*args, tmp_path / "calm") == 0
+    assert len(quick.rates) == 3 * 2 + 3
+    shown = capsys.readouterr()
+    assert "FedGIN on PHANTOMS" in shown.out
+    assert "ct: 12 cases to train, 4 to validate, 8 to test" in shown.out
+    assert "no validation case holds an organ" not in shown.out
+    assert shown.out.endswith(f"Everything is in {tmp_path}/calm/\n")
+    assert "fl, seed 1: 100%|██████████| 3/3 " in shown.err
+    last = rf"3/3 .*round/s, loss={quick.rates[-1]:.3g}, val_mri=0\.\d+, val_ct=\]"
+    assert re.search(f"mri-only, seed 1: .*{last}", shown.err)
+
+    quick.rates.clear()
+    quick.fails_at = 8
+    assert command(*args, tmp_path / "out") == 1
+    message = "seed 1, arm mri-only: round 2, hospital mri: the disk is gone"
+    assert message in capsys.readouterr().err
+    quick.rates.clear()
+    quick.fails_at = 0
+    assert command(*args, tmp_path / "out", "--resume") == 0
+    assert len(quick.rates) == 2
+    assert "mri-only, seed 1: 100%|██████████| 3/3 " in capsys.readouterr().err
+    assert_same(outcome(tmp_path / "calm"), outcome(tmp_path / "out"))
+
+    monkeypatch.setattr(fedgin, "load_hospitals", lambda _: pytest.fail("scans are read"))
+    assert command(*args, tmp_path / "out") == 2
+    assert "holds a run; --resume continues it" in capsys.readouterr().err
+
+
+def test_a_run_says_that_nothing_could_be_validated(tmp_path, quick, monkeypatch, capsys):
+    monkeypatch.setattr(fedgin, "validate", lambda *_: torch.zeros(2, 1, 5))
+    assert command("--arms", "mri-only", "--rounds", 3, "--out", tmp_path) == 0
+    assert "mri-only: no validation case holds an organ; the last" in capsys.readouterr().out
+    assert torch.load(tmp_path / "mri-only.pt", weights_only=True)["round"] == 3
+
+
 def test_gin_probability_0_is_fl(tmp_path):
     args = ["--out", tmp_path, "--rounds", 1, "--arms", "fl", "fedgin", "--gin-probability", 0]
     assert command(*args) == 0
@@ -160,6 +223,35 @@ def test_gin_probability_0_is_fl(tmp_path):
 
 
 # ------------------------------------------------------------------------------- who trains on what
+
+
+def test_scenarios():
+    limited = ("mri-only", "fl", "fedgin", "centralized+gin")
+    assert config("--scenario", "limited").arms == limited
+    assert config("--scenario", "complete").arms == ("mri-only", "ct-only", *limited[1:])
+    assert config("--scenario", "complete", "--arms", "ct-only").arms == ("ct-only",)
+
+
+@pytest.mark.parametrize("flag", ["--scenario", "--arms", "--ratios"])
+def test_other_choices_are_refused(flag, capsys):
+    with pytest.raises(SystemExit):
+        config(flag, "another")
+    assert f"argument {flag}: invalid choice: 'another'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("with_gin", ["fedgin", "mri-only+gin", "ct-only+gin", "centralized+gin"])
+def test_arms_differ_by_gin_alone(with_gin):
+    """Each has a twin that trains on the same patches, untransformed."""
+    plain = {"fedgin": "fl"}.get(with_gin, with_gin.removesuffix("+gin"))
+    sides = [fedgin.make_clients(config(), 1, arm, hospitals(1), CPU) for arm in (plain, with_gin)]
+    assert sides[0].keys() == sides[1].keys()
+    for name, client in sides[0].items():
+        found, redrawn = list(client.batches(1)), list(sides[1][name].batches(1))
+        assert client.n_k == sides[1][name].n_k
+        drawn = data.generator(1, 1, name, "gin")
+        for (images, (labels, _)), (others, (same, _)) in zip(found, redrawn, strict=True):
+            assert torch.equal(labels, same)
+            assert torch.equal(others, gin(images, generator=drawn))
 
 
 def test_arms_and_ratios():
@@ -191,8 +283,14 @@ def test_ratios_stand_behind_the_arms_that_differ_by_them():
     assert fedgin.run_labels(config(*arms)) == ["mri-only", "fl"]
     labels = fedgin.run_labels(config(*arms, "--ratios", "1:1", "all"))
     assert labels == ["mri-only", "fl 1:1", "fl all"]
-    args = [*arms, "--ratios", "1:1", "all", "--scenario", "complete"]
-    assert fedgin.run_labels(config(*args)) == ["mri-only", "fl"]
+    assert fedgin.run_labels(config(*arms, "--scenario", "complete")) == ["mri-only", "fl"]
+
+
+def test_a_ratio_is_that_of_the_mri_cases_there_are():
+    mri, ct = hospitals(1)
+    few = [mri._replace(train=mri.train[:2]), mri._replace(name="b", train=mri.train[2:3]), ct]
+    chosen = fedgin.choose_cases(config("--mri-cases", 5, "--ratios", "1:2"), "fl", few)
+    assert {name: len(cases) for name, (cases, _) in chosen.items()} == {"mri": 2, "b": 1, "ct": 6}
 
 
 def test_cases_come_from_the_hospitals_in_turns():
@@ -261,13 +359,38 @@ def test_batches_say_which_organs_are_labelled():
         assert labelled.tolist() == [[True] * 3 + [False] * 3] * 2
 
 
-def test_gin_redraws_images_and_nothing_else():
-    for (plain, (labels, _)), (redrawn, (same, _)) in zip(
-        draw_batches(), draw_batches(gin=True), strict=True
-    ):
-        assert torch.equal(labels, same)
-        assert not torch.allclose(plain, redrawn)
-        torch.testing.assert_close(plain.norm(), redrawn.norm(), rtol=1e-3, atol=0)
+@pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
+def test_gin_redraws_a_share_p_of_the_images_and_nothing_else(p):
+    cases = hospitals(1)[0].train[:2]
+    args = ["--gin-probability", p, "--batch-size", 8]
+    redrawn = draw_batches("mri", 1, True, 1, cases, *args)
+    plain = data.patches(cases, 32, 8, 3, data.generator(1, 1, "mri", "patches"))
+    layer, share = GIN(p, generator=data.generator(1, 1, "mri", "gin")), []
+    for (found, (labels, _)), (images, target, _) in zip(redrawn, plain, strict=True):
+        assert torch.equal(labels, target)
+        assert torch.equal(found, layer(images))
+        share += (found != images).flatten(1).any(dim=1).tolist()
+    assert len(share) == 24
+    assert sum(share) == 24 * p if p in (0, 1) else 6 < sum(share) < 18
+
+
+def test_validation_and_test_see_the_scans_as_they_are(monkeypatch):
+    """Of the arm whose training images are all redrawn; a patch is as large as a phantom."""
+
+    class Network(UNet3D):
+        def forward(self, x):
+            if not self.training:
+                seen.extend(image.numpy().tobytes() for image in x)
+            return super().forward(x)
+
+    seen = []
+    monkeypatch.setattr(fedgin, "UNet3D", Network)
+    everyone, settings = hospitals(1), config("--rounds", 1)
+    [state] = fedgin.train_arm(settings, fedgin.new_state(1, "fedgin"), everyone, CPU)
+    assert set(seen) == {case.image.tobytes() for h in everyone for case in h.val}
+    seen.clear()
+    fedgin.test(settings, fedgin.make_model(settings, 1, CPU, state["weights"]), everyone)
+    assert set(seen) == {case.image.tobytes() for h in everyone for case in h.test}
 
 
 @pytest.mark.parametrize("gin", [False, True])
@@ -296,6 +419,14 @@ def test_draws_depend_on_seed_round_hospital_and_purpose_alone():
 
 
 def test_all_arms_of_a_seed_start_from_the_same_weights():
+    assert fedgin.new_state(1, "fl") == {
+        "seed": 1,
+        "arm": "fl",
+        "round": 0,
+        "weights": None,
+        "best": {"val_dice": -math.inf, "round": 0, "weights": None},
+        "history": [],
+    }
     before = torch.get_rng_state()
     a, b, other = (fedgin.make_model(config(), seed, CPU).state_dict() for seed in (1, 1, 2))
     assert_equal(a, b)
@@ -316,6 +447,40 @@ def test_the_learning_rate_falls_by_a_polynomial(monkeypatch):
     list(fedgin.train_arm(settings, fedgin.new_state(1, "fl"), hospitals(1), CPU))
     assert rates[::2] == rates[1::2]  # both hospitals'
     assert rates[::2] == pytest.approx([0.02 * (1 - t / 10) ** 0.9 for t in range(10)])
+
+
+@pytest.mark.parametrize(
+    ("losses", "explodes"), [((27.9, 27.9), False), ((0.1, 28.0), True), ((28.0, 0.1), True)]
+)
+def test_a_loss_ten_times_that_of_chance_is_refused(losses, explodes, monkeypatch):
+    """Of equal probabilities it is ln 6 + 1 = 2.79 with five organs, and Dice next to nothing."""
+    found = itertools.cycle(losses)
+    monkeypatch.setattr(fedgin, "train_locally", lambda *_, **__: next(found))
+    monkeypatch.setattr(fedgin, "validate", lambda *_: torch.ones(2, 2, 5))
+    trained = fedgin.train_arm(config(), fedgin.new_state(1, "fl"), hospitals(1), CPU)
+    if explodes:
+        with pytest.raises(FloatingPointError, match="round 1: .* exploded; a lower --lr"):
+            next(trained)
+    else:
+        assert [state["round"] for state in trained] == [1, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arm", ["fl", "fedgin"])
+def test_training_learns(arm):
+    """Livers, in five rounds: validation Dice from a tenth to about a half, and less loss."""
+    everyone = [
+        h._replace(train=h.train[:4], val=h.val[:2]) for h in hospitals(1, "--organs", "liver")
+    ]
+    args = ["--organs", "liver", "--scenario", "complete", "--width", 4, "--depth", 3]
+    settings = config(*args, "--rounds", 5, "--local-steps", 10, "--lr", 0.01)
+    sums = fedgin.validate(settings, fedgin.make_model(settings, 1, CPU), everyone, ("mri", "ct"))
+    untrained = fedgin.mean_dice(sums, ("mri", "ct"))
+    *_, state = fedgin.train_arm(settings, fedgin.new_state(1, arm), everyone, CPU)
+    losses, mri, ct = zip(*(row[3:] for row in state["history"]), strict=True)
+    assert losses[-1] < 0.75 * losses[0]
+    assert max(mri) > untrained["mri"] + 0.2
+    assert max(ct) > untrained["ct"] + 0.3
 
 
 # ----------------------------------------------------------------------------------------- the loss
@@ -356,6 +521,23 @@ def test_class_weights_and_loss_by_hand():
     assert loss(logits, (target, everything)).item() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("classes", [2, 4])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_loss_and_gradient_equal_monais_dice_and_pytorchs_cross_entropy(batch, classes):
+    """MONAI's Dice by batch, smoothed as here, leaves the background out."""
+    generator = torch.Generator().manual_seed(batch)
+    logits = torch.randn(batch, classes, 4, 5, 6, generator=generator).double().requires_grad_()
+    labels = torch.randint(classes, (batch, 4, 5, 6), generator=generator)
+    form = {"include_background": False, "to_onehot_y": True, "softmax": True, "batch": True}
+    soft_dice = DiceLoss(**form, smooth_nr=1, smooth_dr=1)(logits, labels[:, None])
+    for weight in (torch.ones(classes), torch.rand(classes, generator=generator)):
+        loss = fedgin.segmentation_loss(logits, (labels, None), weight.double())
+        expected = soft_dice + F.cross_entropy(logits, labels, weight.double())
+        torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0)
+        gradients = (torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (loss, expected))
+        torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
+
+
 def test_a_pools_weights_are_those_of_all_its_cases():
     labels = [np.full((2, 2, 2), value, np.uint8) for value in (0, 0, 0, 1)]
     cases = [small_case(array, [True] * 2) for array in labels]
@@ -390,26 +572,59 @@ def test_unlabelled_organs_are_merged_into_background():
     torch.testing.assert_close(ratio, (p[:, 2] / p[:, 0]), rtol=1e-3, atol=1e-4)
 
 
-def test_a_batch_may_mix_what_is_labelled():
-    """Soft Dice counts an organ over the images that label it, and not if none does."""
-    generator = torch.Generator().manual_seed(2)
-    logits = torch.randn(2, 4, 3, 3, 3, generator=generator)
-    target = torch.randint(0, 2, (2, 3, 3, 3), generator=generator)
-    target[0, 0, 0, 0] = 2
-    known = torch.tensor([[True, True, True, False], [True, True, False, False]])
-    value = fedgin.segmentation_loss(logits, (target, known), torch.ones(4))
-    p = logits.softmax(1)
-    background = [p[0, 0] + p[0, 3], p[1, 0] + p[1, 2] + p[1, 3]]
-    total = 0.0
-    for image, index in itertools.product(range(2), np.ndindex(3, 3, 3)):
-        label = int(target[(image, *index)])
-        q = p[(image, label, *index)] if label else background[image][index]
-        total -= math.log(float(q)) / 54
-    soft = []
-    for organ, images in ((1, [0, 1]), (2, [0])):
-        q, truth = p[images, organ], target[images] == organ
-        soft.append((2 * float(q[truth].sum()) + 1) / (float(q.sum()) + int(truth.sum()) + 1))
-    assert value.item() == pytest.approx(total + 1 - sum(soft) / 2, rel=1e-5)
+def plain_loss(logits, labels, labelled, weight):
+    """Image by image: what a hospital does not label is background, in the network's answer too."""
+    classes, total, norm = range(1, logits.shape[1]), 0, 0
+    soft = {n: [0, 0] for n in classes if any(known[n] for known in labelled)}
+    for image, target, known in zip(logits, labels, labelled, strict=True):
+        p = image.exp() / image.exp().sum(0)
+        p = {n: p[n] for n in classes if known[n]} | {
+            0: p[0] + sum(p[n] for n in classes if not known[n])
+        }
+        for n, share in p.items():
+            here = target == n
+            total = total - weight[n] * share[here].log().sum()
+            norm += weight[n] * here.sum()
+            if n:
+                soft[n][0] += 2 * share[here].sum()
+                soft[n][1] += share.sum() + here.sum()
+    return total / norm + 1 - sum((a + 1) / (b + 1) for a, b in soft.values()) / len(soft)
+
+
+@pytest.mark.parametrize(
+    "known", [["1111", "1111"], ["1111", "1010"], ["1110", "1010"], ["1100", "1100"]]
+)
+def test_a_pool_may_mix_what_its_hospitals_label(known):
+    """Loss and gradient of a batch of both hospitals; an organ that neither labels is left out."""
+    rng, pair = np.random.default_rng(0), []
+    for name, flags in zip("ab", known, strict=True):
+        labelled = [flag == "1" for flag in flags]
+        labels = rng.integers(0, 4, (4, 4, 4)).astype(np.uint8)
+        labels[~np.array(labelled)[labels]] = 0
+        pair.append(
+            Hospital(name, {"a": "mri", "b": "ct"}[name], [small_case(labels, labelled)], [], [])
+        )
+    args = ["--organs", "liver", "spleen", "pancreas", "--scenario", "complete", "--depth", 1]
+    args += ["--patch", 4, "--batch-size", 4]
+    clients = fedgin.make_clients(config(*args), 1, "centralized", pair, CPU)
+    counts = sum(hospital.train[0].counts for hospital in pair)
+    weight = 1 / np.sqrt(np.maximum(counts, 1))
+    mixed = False
+    for images, (labels, labelled) in clients["pooled"].batches(1):
+        everything = torch.ones(len(images), 4, dtype=torch.bool)
+        flags = everything if labelled is None else labelled
+        mixed |= len(set(map(tuple, flags.tolist()))) == len(set(known))
+        logits = torch.randn(4, 4, 4, 4, 4, generator=torch.Generator().manual_seed(2))
+        logits.requires_grad_()
+        loss = clients["pooled"].loss_function(logits, (labels, labelled))
+        precise = logits.detach().double().requires_grad_()
+        expected = plain_loss(precise, labels, flags, weight)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        gradients = (
+            torch.autograd.grad(x, y)[0].double() for x, y in ((loss, logits), (expected, precise))
+        )
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
+    assert mixed
 
 
 # ------------------------------------------------------------------------- validation, best weights
@@ -448,9 +663,10 @@ def test_validation_is_the_mean_over_organs_of_the_means_over_cases(halved):
     everyone = [mri, more, tested, ct]
     sums = fedgin.validate(settings, nn.Identity(), everyone, ("mri", "ct"))
     assert sums.tolist() == [
-        [[3, pytest.approx(2 / 3), 0], [0, 0, 0]],
+        [[3, pytest.approx(2 / 3, rel=1e-12), 0], [0, 0, 0]],
         [[3, 1, 0], [0, 0, 0]],
     ]
+    assert sums.dtype == torch.float64
     means = fedgin.mean_dice(sums, ("mri", "ct"))
     assert means["mri"] == pytest.approx((1 + 2 / 3) / 2)
     assert math.isnan(means["ct"])
@@ -575,14 +791,6 @@ def test_bad_scans_take_one_line_and_leave_nothing(tmp_path, ct_folder, capsys):
     assert command("--ct", ct_folder, "--out", tmp_path / "out") == 2
     assert "arm mri-only needs MRI training cases" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.slow
-def test_a_run_is_never_overwritten(phantom_run, capsys):
-    before = (phantom_run / "results.json").read_bytes()
-    assert command("--out", phantom_run) == 2
-    assert "already holds a run" in capsys.readouterr().err
-    assert (phantom_run / "results.json").read_bytes() == before
 
 
 def test_a_diverging_run_ends_with_exit_code_1(tmp_path, capsys):
@@ -785,3 +993,48 @@ def test_more_arms_and_more_threads_change_nothing_in_the_others(tmp_path, monke
     a, b = (torch.load(tmp_path / x / "out/fedgin.pt", weights_only=True) for x in ("one", "two"))
     assert_equal(a["weights"], b["weights"])
     assert a["val_dice"] == b["val_dice"]
+
+
+# ------------------------------------------------------------------- validation that cannot score
+
+
+def test_what_a_modality_without_organs_shows_does_not_choose_the_weights():
+    """A modality whose validation cases hold no organ counts in no round, right or wrong there."""
+    state = fedgin.new_state(1, "fl")
+    for round_, (mri, ct) in enumerate([(math.nan, 0.95), (math.nan, 0.30)], start=1):
+        model = torch.nn.Linear(1, 1)
+        state = fedgin.keep_round(state, model, round_, {"a": 1.0}, {"mri": mri, "ct": ct})
+    assert (state["best"]["round"], state["best"]["val_dice"]) == (1, 0.95)
+
+
+def test_a_false_positive_does_not_make_an_organ_scorable(monkeypatch):
+    settings = config("--organs", "liver")
+    empty = small_case(np.zeros((4, 4, 4), np.uint8), [True, True])
+    held = small_case(np.ones((4, 4, 4), np.uint8), [True, True])
+    mri = Hospital("mri", "mri", [empty], [empty], [])
+    ct = Hospital("ct", "ct", [held], [held, empty], [])
+    for prediction in (0, 1):
+        monkeypatch.setattr(
+            fedgin, "segment", lambda *_, p=prediction: np.full((4, 4, 4), p, np.uint8)
+        )
+        found = fedgin.mean_dice(
+            fedgin.validate(settings, None, [mri, ct], ["mri", "ct"]), ["mri", "ct"]
+        )
+        assert math.isnan(found["mri"])
+        assert found["ct"] == prediction
+
+
+def test_where_nothing_can_be_scored_the_last_weights_are_kept():
+    state = fedgin.new_state(1, "fl")
+    for round_ in (1, 2, 3):
+        model = torch.nn.Linear(1, 1)
+        state = fedgin.keep_round(state, model, round_, {"a": 1.0}, {"mri": math.nan})
+    assert state["best"]["round"] == 3
+    assert torch.equal(state["best"]["weights"]["weight"], model.weight)
+
+
+def test_the_title_says_what_was_trained():
+    mri_and_ct = hospitals(1)
+    settings = config("--ratios", "1:1", "1:5", "--mri-cases", 3)
+    assert fedgin.shares_by_ratio(settings, mri_and_ct) == "1:1 (3 : 3 cases), 1:5 (3 : 12 cases)"
+    assert fedgin.shares_by_ratio(config("--scenario", "complete"), mri_and_ct) == ""

@@ -2,7 +2,9 @@
 
 import itertools
 import math
+import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -44,6 +46,53 @@ def test_equals_the_plain_loop(shape, seed):
     expected = plain_gin(x, seed)
     redrawn = gin(x, generator=torch.Generator().manual_seed(seed))
     torch.testing.assert_close(redrawn.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def convolve(image, kernels, biases):
+    """(C, D, H, W) with (C_out, C, k, k, k), voxel by voxel; outside the image everything is 0."""
+    reach = kernels.shape[-1] // 2
+    padded = np.pad(image, [(0, 0)] + [(reach, reach)] * 3)
+    out = np.zeros((len(kernels), *image.shape[1:]))
+    for o, z, y, x in np.ndindex(out.shape):
+        out[o, z, y, x] = biases[o]
+        for c, i, j, k in np.ndindex(kernels.shape[1:]):
+            out[o, z, y, x] += kernels[o, c, i, j, k] * padded[c, z + i, y + j, x + k]
+    return out
+
+
+@pytest.mark.parametrize("sizes", [[3, 1, 3], [1, 1, 1], [1, 3, 1], [3]])
+def test_equals_numpy_on_fixed_numbers(sizes, monkeypatch):
+    """Two images with two channels, the random numbers given: nothing here is PyTorch's."""
+    rng = np.random.default_rng(len(sizes))
+    images = rng.normal(size=(2, 2, 3, 2, 4))
+    alphas, channels = [0.3, 0.8], [2] + [3] * (len(sizes) - 1) + [2]
+    layers = [
+        (rng.normal(size=(2, c_out, c_in, k, k, k)), rng.normal(size=(2, c_out)))
+        for k, (c_in, c_out) in zip(sizes, itertools.pairwise(channels), strict=True)
+    ]
+    drawn = {
+        torch.randint: [np.array([(1, 3).index(k)]) for k in sizes],
+        torch.randn: [a.reshape(-1, *a.shape[2:]) for layer in layers for a in layer],
+        torch.rand: [np.reshape(alphas, (2, 1, 1, 1, 1))],
+    }
+
+    def draw(sampler, shape, *_):
+        numbers = drawn[sampler].pop(0)
+        assert numbers.shape == shape
+        return torch.tensor(numbers).to(torch.int64 if sampler is torch.randint else torch.float32)
+
+    monkeypatch.setattr(sys.modules["gin"], "_draw", draw)
+    redrawn = gin(torch.tensor(images), n_layers=len(sizes), hidden_channels=3)
+    assert not any(drawn.values())
+    for i, image in enumerate(images):
+        h = image
+        for n, (kernels, biases) in enumerate(layers):
+            h = convolve(h, kernels[i], biases[i])
+            if n + 1 < len(layers):
+                h = np.maximum(h, 0) + 0.01 * np.minimum(h, 0)
+        m = alphas[i] * h + (1 - alphas[i]) * image
+        expected = m * np.sqrt((image**2).sum()) / (np.sqrt((m**2).sum()) + 1e-5)
+        np.testing.assert_allclose(redrawn[i], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_settings_reach_the_network():
@@ -104,6 +153,7 @@ def test_dtype_is_kept_and_arithmetic_is_float32(dtype):
     redrawn = gin(x, generator=torch.Generator().manual_seed(0))
     assert redrawn.dtype == dtype
     assert redrawn.shape == x.shape
+    assert redrawn.is_contiguous()  # as x is
     in_float32 = gin(x.float(), generator=torch.Generator().manual_seed(0))
     assert torch.equal(redrawn, in_float32.to(dtype))
 
@@ -143,9 +193,37 @@ def test_bad_input_is_refused(x):
         gin(x)
 
 
-def test_even_kernels_are_refused():
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kernel_sizes": (2,)},
+        {"kernel_sizes": (1, 4)},
+        {"kernel_sizes": (0,)},
+        {"kernel_sizes": (-1,)},
+        {"n_layers": 0},
+        {"hidden_channels": 0},
+    ],
+)
+def test_bad_settings_are_refused(settings):
     with pytest.raises(ValueError, match="odd kernel sizes"):
-        gin(torch.zeros(1, 1, 4), kernel_sizes=(2,))
+        gin(torch.zeros(1, 1, 4), **settings)
+
+
+def test_the_smallest_settings_will_do():
+    x = torch.randn(2, 1, 5)
+    settings = {"n_layers": 1, "hidden_channels": 1, "kernel_sizes": (1,)}
+    assert gin(x, **settings).shape == x.shape
+
+
+@pytest.mark.parametrize("generator", [None, torch.Generator()])
+def test_draws_are_the_cpus_whatever_the_default_device(generator):
+    x = torch.randn(2, 1, 8)
+    draws, found = generator or torch.default_generator, []
+    for device in ("cpu", "meta"):
+        draws.manual_seed(0)
+        with torch.device(device):
+            found.append(gin(x, generator=generator))
+    assert torch.equal(*found)
 
 
 def test_module_is_the_identity_in_eval_mode_and_at_p_0():
@@ -156,18 +234,24 @@ def test_module_is_the_identity_in_eval_mode_and_at_p_0():
         GIN(p=1.5)
 
 
-def test_module_redraws_a_share_p():
-    x = torch.randn(2000, 1, 4)
-    layer = GIN(p=0.3, generator=torch.Generator().manual_seed(1))
-    redrawn = (layer(x) != x).any(dim=-1).float().mean()
-    assert abs(redrawn - 0.3) < 0.04
-    assert (GIN()(x) != x).any(dim=-1).all()
+@pytest.mark.parametrize("shape", [(2000, 2, 4), (2000, 1, 2, 2, 2)])
+def test_module_redraws_a_share_p(shape):
+    x = torch.randn(shape)
+    once, again = (GIN(p=0.3, generator=torch.Generator().manual_seed(1))(x) for _ in range(2))
+    assert once.shape == x.shape
+    assert torch.equal(once, again)
+    changed = (once != x).flatten(1)
+    assert torch.equal(changed.any(dim=1), changed.float().mean(dim=1) > 0.9)  # whole images
+    assert abs(changed.any(dim=1).float().mean() - 0.3) < 0.04
+    assert (GIN()(x) != x).flatten(1).any(dim=1).all()
 
 
 def test_module_equals_the_function():
     x = torch.randn(2, 1, 6, 6, 6)
-    layer = GIN(n_layers=3, generator=torch.Generator().manual_seed(4))
-    assert torch.equal(layer(x), gin(x, n_layers=3, generator=torch.Generator().manual_seed(4)))
+    one, other = (torch.Generator().manual_seed(4) for _ in range(2))
+    layer = GIN(n_layers=3, generator=one)
+    for _ in range(2):
+        assert torch.equal(layer(x), gin(x, n_layers=3, generator=other))
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import truncate, write_amos, write_nnunet, write_totalsegmentator
+from conftest import edit, truncate, write_amos, write_nnunet, write_totalsegmentator
 
 import fedgin
 from config import Config
@@ -174,7 +174,9 @@ def test_a_trailing_slash_changes_no_name(tmp_path, ct_folder):
 
 
 def test_one_scan_has_one_role(tmp_path, ct_folder, mri_folder):
-    message = "s0000/ct.nii.gz: is in two of the folders given; a scan has one role only"
+    message = (
+        "s0000/ct.nii.gz: is there twice, in two of the folders given, or under two names; a scan"
+    )
     with pytest.raises(DataError, match=message):
         on_scans(tmp_path / "out", ct=[ct_folder], mri=[mri_folder], test=[ct_folder])
     (tmp_path / "link").symlink_to(ct_folder)
@@ -321,7 +323,7 @@ def test_a_bad_case_stops_the_run_or_is_left_out(tmp_path, ct_folder, mri_folder
 def test_a_scan_of_two_roles_stops_the_run(tmp_path, ct_folder, mri_folder, capsys):
     args = ["--ct", ct_folder, "--mri", mri_folder, "--test", ct_folder]
     assert run(*args, "--out", tmp_path / "out") == 2
-    assert "is in two of the folders given" in capsys.readouterr().err
+    assert "is there twice, in two of the folders given" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -359,3 +361,24 @@ def test_amos_is_the_test_set_of_both(tmp_path, ct_folder, mri_folder):
         for name in ("amos", "ct_set")
     )
     assert amos["train"] == amos["val"] == ct_set["test"] == []
+
+
+def test_scans_without_any_organ_are_tested_on_only(tmp_path, mri_folder):
+    """Two heads in a whole-body set: neither trains or validates, and n_k does not count them."""
+    ct = write_totalsegmentator(tmp_path / "ct", "ct", 6, ["train"] * 3 + ["val"] * 2 + ["test"])
+    for id_ in ("s0000", "s0003", "s0005"):
+        for mask in (ct / id_ / "segmentations").iterdir():
+            edit(mask, np.zeros((32, 32, 32), np.uint8))
+    config = Config(ct=(str(ct),), mri=(str(mri_folder),), spacing=12, cache=str(tmp_path / "c"))
+    by_seed, left_out = load_hospitals(config)
+    [hospital] = [h for h in by_seed[42] if h.modality == "ct"]
+    parts = hospital.train, hospital.val, hospital.test
+    assert [[case.id for case in part] for part in parts] == [
+        ["s0001", "s0002"],
+        ["s0004"],
+        ["s0005"],
+    ]
+    assert left_out == [
+        "ct, train: 1 scans without any organ",
+        "ct, val: 1 scans without any organ",
+    ]

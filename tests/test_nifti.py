@@ -1,5 +1,7 @@
 """Files in, volumes on a grid, files out: against nibabel, SciPy and geometry done by hand."""
 
+import gzip
+
 import nibabel
 import numpy as np
 import pytest
@@ -278,3 +280,122 @@ def test_labels_survive_the_way_to_another_grid_and_back():
     for label in range(1, 6):
         centre, restored = (np.argwhere(x == label).mean(0) for x in (labels, back))
         np.testing.assert_allclose(restored, centre, atol=1.0)
+
+
+# ------------------------------------------------------------------------------------------- fuzz
+
+
+def mutate(rng, content):
+    """A gzip stream with a damaged byte, without its end, or of a file with a damaged header."""
+    kind, blob = rng.integers(4), bytearray(content)
+    if kind == 0:
+        blob[rng.integers(len(blob))] ^= 1 << rng.integers(8)
+    elif kind == 1:
+        del blob[rng.integers(len(blob)) :]
+    else:
+        raw = bytearray(gzip.decompress(content))
+        for _ in range(rng.integers(1, 4)):
+            raw[rng.integers(352)] = rng.integers(256)
+        if kind == 3:  # a field of four bytes, such as a voxel size or an offset
+            start = 4 * rng.integers(88)
+            raw[start : start + 4] = np.float32(rng.choice([0, -1, np.nan, np.inf, 1e30])).tobytes()
+        blob = gzip.compress(bytes(raw))
+    return bytes(blob)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_files_are_refused_or_read_as_nibabel_reads_them(tmp_path):
+    rng, path = np.random.default_rng(0), tmp_path / "x.nii.gz"
+    voxels = rng.normal(size=(7, 6, 5)).astype(np.float32)
+    save(path, voxels, np.diag([-2.0, 3.0, 1.5, 1.0]))
+    content, accepted = path.read_bytes(), 0
+    for _ in range(200):
+        path.write_bytes(mutate(rng, content))
+        try:
+            scan = read_nifti(path)
+        except ImageFileError as error:
+            assert str(error)
+            continue
+        accepted += 1
+        expected = nibabel.as_closest_canonical(nibabel.funcs.squeeze_image(nibabel.load(path)))
+        np.testing.assert_array_equal(scan.voxels, expected.get_fdata(dtype=np.float32))
+    assert 20 < accepted < 180
+
+
+def test_every_flipped_bit_of_a_compressed_file_is_noticed(tmp_path):
+    path = tmp_path / "x.nii.gz"
+    labels = np.zeros((16, 16, 16), np.uint8)
+    labels[4:8, 4:8] = 3
+    save(path, labels)
+    content = path.read_bytes()
+    after_header = 10 + content[10:].index(b"\x00") + 1 if content[3] & 8 else 10
+    for byte in range(after_header, len(content)):
+        blob = bytearray(content)
+        blob[byte] ^= 1 << (byte % 8)
+        path.write_bytes(bytes(blob))
+        try:
+            scan = read_nifti(path)
+        except ImageFileError:
+            continue
+        np.testing.assert_array_equal(scan.voxels, labels)
+    for missing in range(1, 9):  # of the trailer: CRC and length
+        path.write_bytes(content[:-missing])
+        with pytest.raises(ImageFileError, match="cannot be read"):
+            read_nifti(path)
+
+
+def rgb(path):
+    array = np.zeros((4, 4, 4), [("R", "u1"), ("G", "u1"), ("B", "u1")])
+    nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), path)
+
+
+def complex_(path):
+    nibabel.save(nibabel.Nifti1Image(np.ones((4, 4, 4), np.complex64), np.eye(4)), path)
+
+
+def with_header(**fields):
+    def write(path):
+        image = nibabel.Nifti1Image(np.ones((4, 4, 4), np.float32), np.eye(4))
+        blob = bytearray(image.to_bytes())
+        for offset, value in fields.values():
+            raw = np.asarray(value).tobytes()
+            blob[offset : offset + len(raw)] = raw
+        path.write_bytes(gzip.compress(bytes(blob)))
+
+    return write
+
+
+DIM, PIXDIM, VOX_OFFSET, SROW, CODES, QUATERN = 40, 76, 108, 280, 252, 256
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (rgb, "expected one real number a voxel"),
+        (complex_, "expected one real number a voxel"),
+        (with_header(dim=(DIM + 2, np.int16([0, 4, 4]))), "expected one 3D volume"),
+        (with_header(dim=(DIM + 2, np.int16([-4, 4, 4]))), "expected one 3D volume"),
+        (with_header(dim=(DIM + 2, np.int16([32767] * 3))), "truncated, .* too few for shape"),
+        (with_header(offset=(VOX_OFFSET, np.float32(np.nan))), "cannot be read"),
+        (with_header(pixdim=(PIXDIM + 4, np.float32([np.inf, 1, 1]))), "is not positive"),
+        (with_header(pixdim=(PIXDIM + 4, np.float32([1, -1, 1]))), "is not positive"),
+        (with_header(srow=(SROW, np.zeros(12, np.float32))), "its affine is singular"),
+        (with_header(srow=(SROW, np.full(12, np.nan, np.float32))), "its affine is singular"),
+        (
+            with_header(codes=(CODES, np.int16([1, 0])), q=(QUATERN, np.float32([2, 2, 2]))),
+            "cannot be read",
+        ),
+        (with_header(srow=(SROW, np.float32(4000 * np.eye(3, 4)))), "is 16000 mm long"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_whatever_is_wrong_with_a_file_is_that_files_problem(write, message, tmp_path):
+    write(tmp_path / "x.nii.gz")
+    with pytest.raises(ImageFileError, match=message):
+        read_nifti(tmp_path / "x.nii.gz")
+
+
+def test_other_formats_are_no_nifti(tmp_path):
+    nibabel.save(nibabel.MGHImage(np.ones((4, 4, 4), np.float32), np.eye(4)), tmp_path / "x.mgz")
+    with pytest.raises(ImageFileError, match="no NIfTI file"):
+        read_nifti(tmp_path / "x.mgz")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -142,16 +143,26 @@ def write_empty(folder, *names):
 
 
 def found(paths, modality=None, layout=None):
-    scans = predict.find_scans([str(path) for path in paths], modality, layout)
-    assert all(name == case.id for name, case in scans.items())
-    return {name: (case.modality, case.image) for name, case in scans.items()}
+    """{name of the label map: (modality, scan)}"""
+    out = Path("out")
+    scans = predict.find_scans([str(path) for path in paths], out, modality, layout)
+    names = {path.relative_to(out): case for path, case in scans.items()}
+    assert all(name.name == f"{case.id}.nii.gz" for name, case in names.items())
+    return {
+        str(name).removesuffix(".nii.gz"): (case.modality, case.image)
+        for name, case in names.items()
+    }
 
 
 def test_files_and_folders_of_files_are_found(tmp_path):
     write_empty(tmp_path, "in/a.nii.gz", "in/b_0000.nii", "in/._c.nii.gz", "in/notes.txt", "d.nii")
-    assert found([tmp_path / "in", tmp_path / "d.nii"], "mri") == {
+    assert found([tmp_path / "in"], "mri") == {
         "a": ("mri", tmp_path / "in/a.nii.gz"),
         "b": ("mri", tmp_path / "in/b_0000.nii"),
+    }
+    assert found([tmp_path / "in", tmp_path / "d.nii"], "mri") == {
+        "in/a": ("mri", tmp_path / "in/a.nii.gz"),
+        "in/b": ("mri", tmp_path / "in/b_0000.nii"),
         "d": ("mri", tmp_path / "d.nii"),
     }
     with pytest.raises(DataError, match="a.nii.gz: CT or MRI\\? Say so with --modality"):
@@ -161,25 +172,27 @@ def test_files_and_folders_of_files_are_found(tmp_path):
 def test_totalsegmentators_file_names_tell_the_modality_and_their_folder_the_id(tmp_path):
     write_empty(tmp_path, "s1/ct.nii.gz", "s2/mri.nii.gz")
     files = {"s1": ("ct", tmp_path / "s1/ct.nii.gz"), "s2": ("mri", tmp_path / "s2/mri.nii.gz")}
-    assert found([tmp_path / "s1", tmp_path / "s2/mri.nii.gz"]) == files
+    assert found([tmp_path / "s1/ct.nii.gz", tmp_path / "s2/mri.nii.gz"]) == files
+    assert list(found([tmp_path / "s1", tmp_path / "s2"])) == ["s1/s1", "s2/s2"]
     assert found([tmp_path]) == files
     assert found([tmp_path], "mri") == {"s2": files["s2"]}
 
 
 def test_a_folder_in_a_known_layout_comes_with_its_labels(tmp_path):
     write_amos(tmp_path, "ct", 1)
-    scans = predict.find_scans([str(tmp_path)], None, None)
+    scans = predict.find_scans([str(tmp_path)], Path("out"), None, None)
     assert list(scans.values()) == find_cases(tmp_path)
     write_totalsegmentator(tmp_path, "ct", 1)
     with pytest.raises(DataError, match="--layout"):
-        predict.find_scans([str(tmp_path)], None, None)
-    assert list(predict.find_scans([str(tmp_path)], None, "totalsegmentator")) == ["s0000"]
+        found([tmp_path])
+    assert list(found([tmp_path], layout="totalsegmentator")) == ["s0000"]
 
 
 def test_scans_of_one_name_and_paths_without_scans_are_refused(tmp_path):
     write_empty(tmp_path, "a/x.nii.gz", "b/x_0000.nii")
     with pytest.raises(DataError, match="b/x_0000.nii: there is another scan named x"):
-        found([tmp_path / "a", tmp_path / "b"], "ct")
+        found([tmp_path / "a/x.nii.gz", tmp_path / "b/x_0000.nii"], "ct")
+    assert list(found([tmp_path / "a", tmp_path / "b"], "ct")) == ["a/x", "b/x"]
     with pytest.raises(DataError, match="nowhere: no such file or folder"):
         found([tmp_path / "nowhere"], "ct")
     (tmp_path / "empty").mkdir()
@@ -223,13 +236,152 @@ def test_predictions_lie_on_the_scans_own_grid(checkpoint, tmp_path, capsys):
         assert row["modality"] == "mri"
 
 
-def test_a_folder_that_holds_predictions_is_left_alone(checkpoint, tmp_path, capsys):
+def label_maps(out):
+    return {path.name: path.stat().st_mtime_ns for path in out.rglob("*.nii.gz")}
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_same_command_again_goes_on_with_what_is_missing(checkpoint, tmp_path, capsys):
+    scans, out = tmp_path / "scans", tmp_path / "out"
+    write_totalsegmentator(scans, "mri", 3)
+    assert run(checkpoint, scans, out) == 0
+    scores, before = (out / "scores.csv").read_text(), label_maps(out)
+    (out / "s0001.nii.gz").unlink()
+    (out / "tmp-s0001.nii.gz").write_bytes(b"of a killed process")
+    assert run(checkpoint, scans, out) == 0
+    assert "3 of 3 scans segmented" in capsys.readouterr().out
+    again = label_maps(out)
+    assert again.keys() == before.keys()
+    assert {name for name in again if again[name] != before[name]} == {"s0001.nii.gz"}
+    assert (out / "scores.csv").read_text() == scores
+
+
+def test_another_checkpoint_does_not_go_on(checkpoint, tmp_path, capsys):
     write_totalsegmentator(tmp_path / "scans", "mri", 1)
     assert run(checkpoint, tmp_path / "scans", tmp_path / "out") == 0
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
-    assert run(checkpoint, tmp_path / "scans", tmp_path / "out") == 2
-    assert "out: already holds predictions; choose another --out" in capsys.readouterr().err
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+    before = contents(tmp_path / "out")
+    content = torch.load(checkpoint, weights_only=True)
+    content["weights"]["head.bias"] += 1
+    torch.save(content, tmp_path / "other.pt")
+    assert run(tmp_path / "other.pt", tmp_path / "scans", tmp_path / "out") == 2
+    assert "out: holds predictions of another checkpoint" in capsys.readouterr().err
+    assert contents(tmp_path / "out") == before
+
+
+def test_no_scan_and_no_label_is_overwritten(checkpoint, tmp_path, capsys):
+    write_nnunet(tmp_path / "set", "ct", 1)
+    save(tmp_path / "flat/pat.nii.gz", phantom(1, "ct", 0)[0])
+    before = contents(tmp_path)
+    for images, out in (
+        ("flat", "flat"),
+        ("flat", "flat/below"),
+        ("flat/pat.nii.gz", "flat"),
+        ("set", "set/labelsTr"),
+        ("set", "set/imagesTr/below"),
+    ):
+        assert run(checkpoint, tmp_path / images, tmp_path / out, "--modality", "ct") == 2
+        assert "which holds scans or labels" in capsys.readouterr().err
+    (tmp_path / "out").mkdir()
+    for name in ("pat.nii.gz", "scores.csv", "labels.json"):
+        (tmp_path / "out" / name).write_bytes(b"of somebody else")
+        assert run(checkpoint, tmp_path / "flat", tmp_path / "out", "--modality", "ct") == 2
+        assert f"out/{name}: is there, and not of this command" in capsys.readouterr().err
+        assert (tmp_path / "out" / name).read_bytes() == b"of somebody else"
+        (tmp_path / "out" / name).unlink()
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("no memory"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+        OSError(28, "No space left on device"),
+    ],
+)
+def test_a_scan_that_fails_does_not_keep_the_others(
+    error, checkpoint, tmp_path, monkeypatch, capsys
+):
+    write_nnunet(tmp_path / "in", "ct", 3)
+    segment, calls = predict.segment, []
+
+    def fails_second(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise error
+        return segment(*args)
+
+    monkeypatch.setattr(predict, "segment", fails_second)
+    assert run(checkpoint, tmp_path / "in", tmp_path / "out") == 1
+    shown = capsys.readouterr()
+    assert f"case_001_0000.nii.gz: {error}" in shown.err
+    assert "2 of 3 scans segmented" in shown.out
+    assert run(checkpoint, tmp_path / "in", tmp_path / "out") == 0
+    assert len(label_maps(tmp_path / "out")) == 3
+
+
+@pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt, 130), (OSError, 1)])
+def test_stopped_while_it_writes_it_leaves_no_half_file(
+    stop, code, checkpoint, tmp_path, monkeypatch, capsys
+):
+    write_nnunet(tmp_path / "in", "ct", 2)
+
+    def stops(image, path):
+        path.write_bytes(b"half")
+        raise stop
+
+    monkeypatch.setattr(nibabel, "save", stops)
+    assert run(checkpoint, tmp_path / "in", tmp_path / "out") == code
+    goes_on = "the same command goes on with what is missing" in capsys.readouterr().err
+    assert goes_on == (code == 130)
+    left = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert left == ["labels.json", "predictions.json"]
+    monkeypatch.undo()
+    assert run(checkpoint, tmp_path / "in", tmp_path / "out") == 0
+
+
+def test_a_bug_in_the_network_is_not_a_failed_scan(checkpoint, tmp_path, monkeypatch):
+    write_nnunet(tmp_path / "in", "ct", 1)
+
+    def bug(*args):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(predict, "segment", bug)
+    with pytest.raises(RuntimeError, match="mat1"):
+        run(checkpoint, tmp_path / "in", tmp_path / "out")
+
+
+def test_folders_with_equal_ids_have_folders_of_their_own(checkpoint, tmp_path):
+    write_totalsegmentator(tmp_path / "ct_set", "ct", 1)
+    write_totalsegmentator(tmp_path / "mri_set", "mri", 1)
+    images = ["--images", str(tmp_path / "ct_set"), str(tmp_path / "mri_set")]
+    out = tmp_path / "out"
+    assert predict.main(["--checkpoint", str(checkpoint), "--out", str(out), *images]) == 0
+    found = sorted(str(path.relative_to(out)) for path in out.rglob("*.nii.gz"))
+    assert found == ["ct_set/s0000.nii.gz", "mri_set/s0000.nii.gz"]
+    with (out / "scores.csv").open() as file:
+        assert {row["case"] for row in csv.DictReader(file)} == {"ct_set/s0000", "mri_set/s0000"}
+
+
+@pytest.mark.parametrize(
+    "change", [{"depth": 40}, {"depth": 10**20}, {"depth": 0}, {"width": 10**9}, {"organs": None}]
+)
+def test_a_checkpoint_that_asks_for_too_much_is_refused_at_once(change, checkpoint, tmp_path):
+    content = torch.load(checkpoint, weights_only=True)
+    torch.save({**content, "model": content["model"] | change}, tmp_path / "greedy.pt")
+    with pytest.raises(DataError, match="greedy.pt: no checkpoint of fedgin.py"):
+        predict.load_model(tmp_path / "greedy.pt", CPU)
+
+
+def test_weights_that_are_not_finite_are_refused(checkpoint, tmp_path):
+    content = torch.load(checkpoint, weights_only=True)
+    content["weights"]["head.bias"][0] = float("nan")
+    torch.save(content, tmp_path / "sick.pt")
+    with pytest.raises(DataError, match="sick.pt: no checkpoint of fedgin.py"):
+        predict.load_model(tmp_path / "sick.pt", CPU)
 
 
 def test_organs_that_a_data_set_does_not_label_are_not_scored(checkpoint, tmp_path):
@@ -291,7 +443,10 @@ def test_a_bad_scan_without_labels_is_named(checkpoint, tmp_path, capsys):
     [
         ([], "the following arguments are required: --checkpoint, --images, --out"),
         (["--modality", "pet"], "argument --modality: invalid choice: 'pet'"),
-        (["--nsd-tolerance", "far"], "argument --nsd-tolerance: invalid float value: 'far'"),
+        (["--nsd-tolerance", "far"], "argument --nsd-tolerance: invalid"),
+        (["--nsd-tolerance", "-1"], "argument --nsd-tolerance: must be a positive number"),
+        (["--nsd-tolerance", "0"], "argument --nsd-tolerance: must be a positive number"),
+        (["--nsd-tolerance", "nan"], "argument --nsd-tolerance: must be a positive number"),
         (["--check", "x"], "--checkpoint"),  # flags are not abbreviated
     ],
 )

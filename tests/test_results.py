@@ -17,7 +17,7 @@ import results
 from config import Config
 from data import NORMALIZATION
 from datasets import DataError
-from results import comparisons, mean, open_run, summarize, table, title
+from results import check_out, comparisons, mean, open_run, summarize, table, title
 
 ORGANS = ("liver", "spleen")
 HOSPITALS = {"mri": {"splits": {1: {"train": ["a", "b"]}}, "files": {"a": [[3, 4]]}}}
@@ -150,13 +150,81 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_a_run_is_never_overwritten_unasked(config, tmp_path):
-    results.check_new(tmp_path / "out", resume=False)
-    results.check_new(tmp_path / "out", resume=True)
+    resumed = dataclasses.replace(config, resume=True)
+    check_out(config)
+    check_out(resumed)
     with open_run(config, HOSPITALS):
         pass
-    with pytest.raises(DataError, match="out: already holds a run; --resume continues it, --out"):
-        results.check_new(tmp_path / "out", resume=False)
-    results.check_new(tmp_path / "out", resume=True)
+    with pytest.raises(DataError, match="out: holds a run; --resume continues it, --out"):
+        check_out(config)
+    check_out(resumed)
+
+
+@pytest.mark.parametrize("name", ["history.csv", "results.json", "results.md", "fl.pt"])
+def test_files_of_another_origin_are_not_overwritten(name, config, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("of somebody else")
+    for resume in (False, True):
+        with pytest.raises(DataError, match=f"{name}: is there, and no run beside it"):
+            check_out(dataclasses.replace(config, resume=resume))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_written_is_named_at_once(config, tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(DataError, match="cannot be written"):
+        check_out(config)
+
+
+def test_a_finished_arm_has_its_scores_and_its_history(config, tmp_path):
+    tested = {"mri": {"splits": {1: {"test": ["a"]}, 2: {"test": ["a"]}}, "files": {}}}
+    with open_run(config, tested) as run:
+        run.keep_round(state(1, "fl", 2))
+        run.finish(state(1, "fl", 2), [score("a", liver=0.5, spleen=0.5)])
+    path = tmp_path / "out/results.json"
+    whole = json.loads(path.read_text())
+    for key in ("results", "history"):
+        path.write_text(json.dumps(whole | {key: []}))
+        message = "results.json: is not what a run leaves .* fl, seed 1"
+        with pytest.raises(DataError, match=message), open_run(config, tested):
+            pytest.fail("went on")
+    assert (tmp_path / "out/checkpoint.pt").exists()
+    path.write_text(json.dumps(whole))
+    (tmp_path / "out/checkpoint.pt").unlink()
+    with open_run(config, tested) as run:  # what is finished needs no checkpoint
+        run.keep_round(state(1, "fedgin", 1))
+    with (tmp_path / "out/history.csv").open(newline="") as file:
+        assert [row[1:3] for row in csv.reader(file)][1:] == [
+            ["fl", "1"],
+            ["fl", "2"],
+            ["fedgin", "1"],
+        ]
+
+
+@pytest.mark.parametrize("content", [[], {}, {"round": 1}, 3, None, "NaN", "round", "history"])
+@pytest.mark.parametrize("name", ["checkpoint.pt", "results.json", "config.json"])
+def test_a_file_of_another_form_is_bad_input(name, content, config, tmp_path):
+    with open_run(config, HOSPITALS) as run:
+        run.keep_round(state(1, "fl", 2))
+        run.finish(state(1, "fl", 2), [])
+        run.keep_round(state(1, "fedgin", 2))
+    path = tmp_path / "out" / name
+    if isinstance(content, str):
+        if name != "checkpoint.pt":
+            pytest.skip("of checkpoints")
+        kept = state(1, "fedgin", 2)
+        if content == "NaN":
+            kept["best"]["weights"]["w"][0] = math.nan
+        else:
+            del kept[content]
+        content = kept
+    if name == "checkpoint.pt":
+        torch.save(content, path)
+    else:
+        path.write_text(json.dumps(content))
+    message = f"{name}: |holds a run with other"
+    with pytest.raises(DataError, match=message), open_run(config, HOSPITALS):
+        pytest.fail("went on")
 
 
 def refused(config, hospitals=HOSPITALS):
@@ -403,9 +471,9 @@ def test_ratios_are_compared_with_the_same_ratio():
 
 
 def test_titles():
-    assert title(Config(seeds=(1, 2), ratios=("1:1", "all"))) == (
-        "## Test scores, limited scenario, MRI : CT 1:1 all, seeds 1 2: PHANTOMS (synthetic "
-        "volumes, not patients)"
+    assert title(Config(seeds=(1, 2)), "1:1 (2 : 2 cases)") == (
+        "## Test scores, limited scenario, MRI : CT 1:1 (2 : 2 cases), seeds 1 2: PHANTOMS "
+        "(synthetic volumes, not patients)"
     )
     on_scans = Config(scenario="complete", ct=("a",), mri=("b",))
     assert title(on_scans) == "## Test scores, complete scenario, seeds 42: scans"
