@@ -32,6 +32,7 @@ from federated import Client, State, federated_rounds, train_locally, weighted_a
 from gin import GIN
 from hospitals import Hospital, load_hospitals, record
 from predict import segment
+from tables import mean
 from unet3d import UNet3D
 
 # ------------------------------------------------------------------------------ arms and scenarios
@@ -251,7 +252,7 @@ def validate(
 def mean_dice(sums: Tensor, modalities: Sequence[str]) -> dict[str, float]:
     """{modality: the mean over organs of each organ's mean over cases}, from validate's sums."""
     by_organ = sums[0] / sums[1]  # NaN where no case has the organ
-    return {m: results.mean(row.tolist()) for m, row in zip(modalities, by_organ, strict=True)}
+    return {m: mean(row.tolist()) for m, row in zip(modalities, by_organ, strict=True)}
 
 
 def keep_round(state: dict, model: nn.Module, round_: int, losses: dict, val_dice: dict) -> dict:
@@ -261,10 +262,10 @@ def keep_round(state: dict, model: nn.Module, round_: int, losses: dict, val_dic
     scored; where none can, they are the last ones.
     """
     weights = {key: w.cpu().clone() for key, w in model.state_dict().items()}
-    best, mean = state["best"], results.mean(val_dice.values())
-    if not mean <= best["val_dice"]:  # NaN included
-        best = {"val_dice": mean, "round": round_, "weights": weights}
-    loss, dices = results.mean(losses.values()), [val_dice.get(m, "") for m in ("mri", "ct")]
+    best, val_mean = state["best"], mean(val_dice.values())
+    if not val_mean <= best["val_dice"]:  # NaN included
+        best = {"val_dice": val_mean, "round": round_, "weights": weights}
+    loss, dices = mean(losses.values()), [val_dice.get(m, "") for m in ("mri", "ct")]
     history = [*state["history"], [state["seed"], state["arm"], round_, loss, *dices]]
     return state | {"round": round_, "weights": weights, "best": best, "history": history}
 
@@ -306,7 +307,8 @@ def run(config: Config) -> None:
                     for state in rounds:
                         folder.keep_round(state)
                         *_, loss, mri, ct = state["history"][-1]
-                        rounds.set_postfix({"loss": loss, "val_mri": mri, "val_ct": ct})
+                        shown = {"loss": loss, "val_mri": mri, "val_ct": ct}
+                        rounds.set_postfix({key: v for key, v in shown.items() if v != ""})
                 if math.isnan(state["best"]["val_dice"]):
                     print(f"{label}: no validation case holds an organ; the last weights are kept")
                 folder.keep_model(state)

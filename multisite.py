@@ -14,11 +14,11 @@ import dataclasses
 import itertools
 import json
 import os
-import re
+import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from types import TracebackType
 from typing import Any
@@ -48,9 +48,8 @@ class Peers:
     """
 
     def __init__(self, name: str, timeout: float) -> None:
-        self.name, self.timeout = name, timedelta(seconds=timeout)
+        self.name, self.timeout, self.sums = name, timedelta(seconds=timeout), 0
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        self.store_is_there = True
         store, _, _ = next(distributed.rendezvous("env://", timeout=self.timeout))
         # After a restart the store still holds what was said before it.
         self.store = distributed.PrefixStore(
@@ -61,27 +60,25 @@ class Peers:
         """What each rank says under a key, by rank: anything that JSON can hold."""
         keys = [f"{key}/{rank}" for rank in range(self.size)]
         began, told = time.monotonic(), 0.0
-        try:
-            self.store.set(keys[self.rank], json.dumps(value))
-            while silent := [
-                rank for rank in range(self.size) if not self.store.check([keys[rank]])
-            ]:
-                if reason := self._reason():
-                    raise ConnectionError(reason)
-                waited = time.monotonic() - began
-                if waited > self.timeout.total_seconds():
-                    raise ConnectionError(f"nothing heard of rank {silent[0]} for {waited:.0f} s")
-                if waited > told + 1:
-                    print(f"rank {self.rank} ({self.name}) waits for rank {silent[0]}", flush=True)
-                    told = waited + 59
-                time.sleep(0.1)
-            return [json.loads(self.store.get(text)) for text in keys]
-        except RuntimeError as error:
-            raise ConnectionError(f"{self._reason() or 'the store is gone'} ({error})") from error
+        self._ask("set", keys[self.rank], json.dumps(value))
+        while silent := self._silent(key):
+            if reason := self._reason():
+                raise ConnectionError(reason)
+            waited = time.monotonic() - began
+            if waited > self.timeout.total_seconds():
+                raise ConnectionError(f"nothing heard of rank {silent[0]} for {waited:.0f} s")
+            if waited > told + 1:
+                print(f"rank {self.rank} ({self.name}) waits for rank {silent[0]}", flush=True)
+                told = waited + 59
+            time.sleep(0.1)
+        return [json.loads(self._ask("get", text)) for text in keys]
 
     def connect(self) -> None:
         """Open the links for sums, once every rank has its data."""
         try:
+            if device := os.environ.get("GLOO_SOCKET_IFNAME"):
+                distributed.ProcessGroupGloo.create_device(interface=device)  # is it there?
+            self.exchange("device", None)
             distributed.init_process_group(
                 "gloo",
                 store=self.store,
@@ -90,16 +87,52 @@ class Peers:
                 timeout=self.timeout,
             )
         except RuntimeError as error:
-            raise ConnectionError(self._reason() or f"no link to the others: {error}") from error
+            raise ConnectionError(self._reason() or str(error)) from error
 
     def add_up(self, numbers: Tensor) -> Tensor:
         """Add a CPU tensor up over all ranks, in place."""
+        self.sums += 1
+        self._ask("set", f"sum {self.sums}/{self.rank}", "")
+        began = time.monotonic()
         try:
-            distributed.monitored_barrier(timeout=self.timeout)  # it names a rank that is silent
+            distributed.monitored_barrier(timeout=self.timeout)
+            if reason := self._reason():
+                raise ConnectionError(reason)
             distributed.all_reduce(numbers)
         except RuntimeError as error:
-            raise ConnectionError(self._reason() or self._suspect(str(error))) from error
+            reason = self._reason()
+            silent = ", ".join(map(str, self._silent(f"sum {self.sums}"))) or "another"
+            waited = time.monotonic() - began
+            reason = (
+                reason
+                or f"rank {silent} is silent for {waited:.0f} s: it died, hangs or is cut off"
+            )
+            raise ConnectionError(reason) from error
         return numbers
+
+    def _silent(self, key: str) -> list[int]:
+        return [r for r in range(self.size) if not self._ask("check", [f"{key}/{r}"])]
+
+    def _ask(self, what: str, *args: Any) -> Any:
+        """A call of the store, which would block for as long as TCP tries if the link is cut."""
+        answer: queue.SimpleQueue = queue.SimpleQueue()
+
+        def ask() -> None:
+            try:
+                answer.put((getattr(self.store, what)(*args), None))
+            except RuntimeError as error:
+                answer.put((None, error))
+
+        threading.Thread(target=ask, daemon=True).start()
+        try:
+            value, error = answer.get(timeout=min(self.timeout.total_seconds(), 60))
+        except queue.Empty:
+            raise ConnectionError(
+                "rank 0's machine, which keeps the store, does not answer"
+            ) from None
+        if error:
+            raise ConnectionError(f"rank 0's machine, which keeps the store, is gone ({error})")
+        return value
 
     def average(self, pairs: Iterable[tuple[State, float]]) -> State:
         """w ← Σ_k (n_k / Σ_j n_j) · w_k over all ranks; pairs: this rank's one (w_k, n_k)."""
@@ -124,57 +157,32 @@ class Peers:
         elif os.environ.get("GROUP_RANK") == "0":
             self.exchange("end", None)  # the store lives in this machine's torchrun
         else:
-            self.store.set(f"end/{self.rank}", "null")
+            self._ask("set", f"end/{self.rank}", "null")
 
     def _reason(self) -> str:
         """Why another rank has failed, as far as it could say."""
-
-        def look() -> str:
-            return self.store.get("failed").decode() if self.store.check(["failed"]) else ""
-
-        return self._within(5, look) or ""
-
-    def _within(self, seconds: float, use_store: Callable[[], Any]) -> Any:
-        """What a use of the store gives; None if the store is gone, or out of reach.
-
-        Behind a cut link a call never returns, so it is left to a thread that may never end.
-        """
-        answers: list = []
-
-        def ask() -> None:
-            with contextlib.suppress(RuntimeError):
-                answers.append(use_store())
-
-        if self.store_is_there:
-            thread = threading.Thread(target=ask, daemon=True)
-            thread.start()
-            thread.join(seconds)
-        self.store_is_there = bool(answers)
-        return answers[0] if answers else None
-
-    def _suspect(self, said: str) -> str:
-        """What gloo said of a broken link, with the ranks that it may mean."""
-        named = re.findall(r"Ranks? ([\d, ]+) failed to pass", said)
-        others = [str(rank) for rank in range(self.size) if rank != self.rank]
-        return f"rank {named[0] if named else ' or '.join(others)} is gone or silent ({said})"
+        return self._ask("get", "failed").decode() if self._ask("check", ["failed"]) else ""
 
     def _leave(self, error: BaseException) -> None:
         """Leave a reason for the others, and let them read it before torchrun ends them."""
-        reason = self._reason()
-        patience = 2 if isinstance(error, ConnectionError) else 20
-
-        def tell() -> None:
+        reason = ""
+        with contextlib.suppress(ConnectionError):
+            reason = self._reason()
             if not reason:
                 what = str(error) or "was stopped"
-                self.store.set("failed", f"rank {self.rank} ({self.name}): {what}")
-            if distributed.is_initialized():
-                distributed.destroy_process_group()  # whoever waits for this rank wakes up
-            self.store.add("leaving", 1)
-            deadline = time.monotonic() + patience
-            while self.store.add("leaving", 0) < self.size and time.monotonic() < deadline:
-                time.sleep(0.1)
-
-        self._within(patience + 5, tell)
+                self._ask("set", "failed", f"rank {self.rank} ({self.name}): {what}")
+            self._ask("add", "leaving", 1)
+            if not isinstance(error, ConnectionError):
+                said = str(error) or "stopped"
+                print(f"\n{self.name}: {said}; the others are told", file=sys.stderr, flush=True)
+                if distributed.is_initialized():
+                    with contextlib.suppress(RuntimeError):
+                        distributed.monitored_barrier(timeout=self.timeout)  # the others' next sum
+                deadline = time.monotonic() + self.timeout.total_seconds()
+                while self._ask("add", "leaving", 0) < self.size and time.monotonic() < deadline:
+                    time.sleep(0.1)
+            elif os.environ.get("GROUP_RANK") == "0":
+                time.sleep(1)
         if reason and isinstance(error, KeyboardInterrupt):  # torchrun ends all after the first
             raise ConnectionError(reason) from error
 
@@ -225,8 +233,10 @@ def run(config: Config, name: str, timeout: float) -> None:
                 folder.keep_model(state)
                 model = fedgin.make_model(config, seed, device, state["best"]["weights"])
                 scores = fedgin.test(config, model, hospitals)
-                folder.finish(state, share_scores(scores, peers))
-                peers.exchange("kept", None)  # rank 0's checkpoint lasts until all have the scores
+                found = share_scores(scores, peers)
+                if not folder.is_finished(seed, arm):
+                    folder.finish(state, found)
+            peers.exchange("kept", None)
             print(f"\n{folder.report()}\n\nEverything is in {config.out}{os.sep}")
 
 

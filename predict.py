@@ -6,7 +6,6 @@ Where there are labels it prints scores and writes them to scores.csv.
 """
 
 import argparse
-import csv
 import hashlib
 import json
 import math
@@ -27,7 +26,8 @@ from data import NORMALIZATION, labelled_organs, to_model_grid
 from datasets import LAYOUTS, Case, DataError, find_cases
 from evaluate import mixed_precision, score_case, sliding_window
 from nifti import read_nifti, resample_labels, write_nifti
-from results import METRICS, read, summarize, table, write
+from results import read, write
+from tables import summarize, table, write_scores
 from unet3d import UNet3D
 
 
@@ -159,17 +159,6 @@ def predict(case: Case, model: nn.Module, model_config: dict, path: Path, tolera
         return {}
     labelled = labelled_organs(case, organs)
     return score_case(labels, target, organs, scan.spacing, tolerance, labelled)
-
-
-def write_scores(path: Path, results: Sequence[dict]) -> None:
-    """One line a case and organ: case, modality, organ, outcome, dice, hd95, nsd."""
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["case", "modality", "organ", "outcome", *METRICS])
-        for result in results:
-            for organ, s in result["scores"].items():
-                metrics = [s.get(metric, "") for metric in METRICS]
-                writer.writerow([result["case"], result["modality"], organ, s["outcome"], *metrics])
 
 
 def _millimetres(text: str) -> float:

@@ -27,6 +27,7 @@ import data
 import fedgin
 import predict
 import results
+import tables
 from config import Config
 from datasets import DataError
 from gin import gin
@@ -188,7 +189,7 @@ def ratios(run: Path, path: Path) -> None:
     """Test Dice by arm and ratio, mean over seeds, with bars of one standard deviation."""
     config = read_config(run)
     scores = json.loads((run / "results.json").read_text(encoding="utf-8"))["results"]
-    summary = results.summarize(scores, config.organs)
+    summary = tables.summarize(scores, config.organs)
     arms = list(dict.fromkeys(split_label(label)[0] for label in summary))
     figure, axes = plt.subplots(1, 2, figsize=(7, 2.9), sharey=True, layout="constrained")
     for axis, modality in zip(axes, ("mri", "ct"), strict=True):

@@ -87,7 +87,7 @@ def point_by_point(modality, rng):
 
 
 @pytest.mark.parametrize("modality", ["ct", "mri"])
-@pytest.mark.parametrize("index", [0, 9])
+@pytest.mark.parametrize("index", [2, 12])  # MRI with a tissue darkened, brightened to the limit
 def test_equals_phantoms_made_point_by_point(modality, index):
     image, labels = phantom(7, modality, index)
     rng = np.random.default_rng([7, {"ct": 0, "mri": 1}[modality], index])
