@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from cases import read_case, split_duplicates
+from config import run_command
 from data import in_parallel
 from datasets import LAYOUTS, ORGANS, Case, DataError, find_cases
 from nifti import Problem
@@ -87,6 +88,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--layout", choices=LAYOUTS, help="where a folder looks like two")
     parser.add_argument("--json", action="store_true", help="for scripts: all of it as JSON")
     args = parser.parse_args(argv)
+    return run_command("check.py", lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read all folders and print what there is to say; 1 if a case cannot be used."""
     found = {folder: check_folder(folder, args.layout) for folder in args.folders}
     if args.json:
         print(json.dumps(found, indent=1, default=str))  # default: for paths

@@ -1,7 +1,11 @@
 """check.py as a user meets it: every problem of some folders in one pass, and what they hold."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -174,3 +178,24 @@ def test_bad_flags_end_with_exit_code_2(args, message, capsys):
     error = capsys.readouterr().err.splitlines()
     assert error[0].startswith("usage: ")
     assert message in error[-1]
+
+
+def test_a_name_that_is_no_utf_8_is_printed_all_the_same(tmp_path):
+    write_totalsegmentator(tmp_path / "set", "ct", 1)
+    odd = os.fsencode(tmp_path / "set") + b"/s\xff"
+    (tmp_path / "set/s0000").rename(os.fsdecode(odd))
+    (Path(os.fsdecode(odd)) / "ct.nii.gz").write_bytes(b"junk")
+    args = [sys.executable, str(Path(check.__file__)), "set"]
+    done = subprocess.run(args, cwd=tmp_path, capture_output=True)
+    assert done.returncode == 1
+    assert b"ct.nii.gz: cannot be read" in done.stdout
+    assert b"Traceback" not in done.stderr
+
+
+def test_ctrl_c_ends_it_without_a_traceback(tmp_path, monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(check, "check_folder", stop)
+    assert check.main([str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "\ncheck.py: stopped\n"
