@@ -112,8 +112,9 @@ def test_other_input_is_refused():
         UNet3D(width=2, depth=2)(torch.zeros(1, 1, 8, 0, 8))
     with pytest.raises(ValueError, match="shape"):
         UNet3D(width=2, depth=2)(torch.zeros(1, 8, 8, 8))
-    with pytest.raises(ValueError, match="at least 1"):
-        UNet3D(depth=0)
+    for name in ("in_channels", "out_channels", "width", "depth"):
+        with pytest.raises(ValueError, match="at least 1"):
+            UNet3D(**{name: 0})
 
 
 def test_normalizes_each_image_alone_and_without_running_statistics():
