@@ -344,7 +344,7 @@ def test_resume_refuses_other_settings_other_data_and_other_formats(tmp_path, ca
     assert_same(before, outcome(out))
     capsys.readouterr()
     assert command("--out", out) == 2
-    assert "already holds a run" in capsys.readouterr().err
+    assert "holds a run; --resume continues it" in capsys.readouterr().err
     assert command("--out", out, "--resume", "--lr", "1e-3", "--width", "4") == 2
     assert "holds a run with other width, lr;" in capsys.readouterr().err
     assert command("--out", out, "--resume", "--sites", "2") == 2
