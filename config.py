@@ -219,7 +219,8 @@ def run_command(name: str, work: Callable[[], int | None], hint: Callable[[], st
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does
+        for number in (signal.SIGINT, signal.SIGTERM):  # a shell's & has SIGINT ignored
+            signal.signal(number, signal.default_int_handler)
     try:
         return work() or 0
     except KeyboardInterrupt:

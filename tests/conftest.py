@@ -4,6 +4,7 @@ import functools
 import gzip
 import json
 import os
+import signal
 
 os.environ["OMP_NUM_THREADS"] = "1"  # two tests at a time, and the commands that they start
 
@@ -14,6 +15,7 @@ import pytest
 import phantom as phantom_module
 from datasets import ORGANS, TOTALSEGMENTATOR_MASKS
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & would have it ignored
 SPACING = phantom_module.SPACING
 phantom = phantom_module.phantom = functools.cache(phantom_module.phantom)  # made once, read often
 
