@@ -36,7 +36,7 @@ CODE = {name: code for code, name in enumerate(TISSUES)}
 VALUES = np.array(list(TISSUES.values()), dtype=np.float32)  # (tissues, 3)
 
 # Ellipsoids in the order in which they are painted, later ones on top: tissue, centre and radii as
-# fractions of the half-width, along x (left to right), y (back to front) and z (feet to head).
+# fractions of the half-width, along x, y and z.
 ANATOMY = (
     ("fat",         (0.00, 0.00, 0.00),   (0.94, 0.78, 2.00)),
     ("muscle",      (0.00, 0.00, 0.00),   (0.84, 0.67, 2.00)),
@@ -64,8 +64,9 @@ def phantom(seed: int, modality: str, index: int) -> tuple[np.ndarray, np.ndarra
     """Make one case: the image, (SIZE, SIZE, SIZE) float32, and its labels, the same in uint8.
 
     CT images are in Hounsfield units, MRI images in arbitrary ones; labels index ORGANS from 1 on.
-    Axes run right to left, back to front and feet to head, SPACING mm a voxel. The same arguments
-    give the same case. Raises ValueError for a modality other than "ct" and "mri".
+    Axes run from the patient's left to right, back to front and feet to head (nibabel's RAS+, in
+    which scans are read: the liver lies at large x), SPACING mm a voxel. The same arguments give
+    the same case. Raises ValueError for a modality other than "ct" and "mri".
     """
     if modality not in ("ct", "mri"):
         raise ValueError(f'modality must be "ct" or "mri", not {modality!r}')

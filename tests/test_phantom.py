@@ -96,6 +96,21 @@ def test_equals_phantoms_made_point_by_point(modality, index):
     np.testing.assert_allclose(image, expected, rtol=1e-4, atol=1e-2)
 
 
+def test_axes_run_left_to_right_back_to_front_and_feet_to_head():
+    """As in nibabel's RAS+: the liver is right, the spleen left, kidneys behind, the gallbladder
+    in front and below the liver."""
+    place = np.zeros((6, 3))
+    for index in range(8):
+        labels = phantom(42, "ct", index)[1]
+        place += [np.argwhere(labels == n).mean(axis=0) for n in range(6)]
+    _, liver, kidneys, spleen, _, gallbladder = place / 8
+    middle = (SIZE - 1) / 2
+    assert spleen[0] < middle - 4
+    assert liver[0] > middle + 3
+    assert kidneys[1] < middle < gallbladder[1]
+    assert gallbladder[2] < liver[2]
+
+
 def test_cases_differ_by_seed_modality_and_index():
     cases = [phantom(*a)[1] for a in ((1, "ct", 0), (2, "ct", 0), (1, "mri", 0), (1, "ct", 1))]
     for i in range(4):
