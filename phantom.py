@@ -6,6 +6,21 @@ are no substitute for patients, and a Dice measured on them says nothing about a
 
     from phantom import phantom
     image, labels = phantom(seed=42, modality="mri", index=0)  # (32, 32, 32) float32 and uint8
+    image, labels = phantom(42, "ct", 0, scanner="other")  # another patient on another scanner
+
+A hospital trains on its own scanner. The other one is for tests, as AMOS22 is to a network that was
+trained on TotalSegmentator; its anatomy has the same distribution. It was set from the literature
+(named beside TISSUES and the renderers) before any network had seen it:
+
+                               own                         other
+    CT contrast phase          portal venous               native, late arterial or delayed
+    CT kernel (Gaussian)       0.5 voxels                  0.8 voxels: softer
+    CT noise                   10 HU, white                15 HU, correlated over 0.8 voxels
+    MRI share of T2 weighting  Beta(0.5, 0.5): most near   0.4 to 0.6: neither T1 nor T2, where own
+                               0 (T1) or 1 (T2)            has one case in eight
+    MRI signal of fat          0.35 to 1 of it left        0 to 0.2: suppressed
+    MRI bias field             0.25 (log, deviation)       0.5
+    MRI noise                  0.02                        0.04
 """
 
 import numpy as np
@@ -15,25 +30,41 @@ SIZE = 32  # voxels along each axis
 SPACING = 9.0  # mm, so that the volume spans an upper abdomen of 29 cm
 ORGANS = ("liver", "kidneys", "spleen", "pancreas", "gallbladder")  # labels 1 to 5
 
-# What fills each tissue: Hounsfield units in a portal venous CT, and the relative signal of T1- and
-# T2-weighted MRI. Organs swap their order between the three columns. Order: labels, then the rest.
+# What fills each tissue: Hounsfield units in four contrast phases of CT, and the relative signal of
+# T1- and T2-weighted MRI. Organs swap their order between columns. Order: labels, then the rest.
 TISSUES = {
-    #               CT HU    T1    T2
-    "air":         (-1000, 0.00, 0.00),
-    "liver":       (110, 0.60, 0.26),
-    "kidneys":     (175, 0.40, 0.74),
-    "spleen":      (125, 0.34, 0.64),
-    "pancreas":    (92, 0.76, 0.46),
-    "gallbladder": (12, 0.20, 1.00),
-    "fat":         (-95, 0.95, 0.75),
-    "muscle":      (58, 0.42, 0.16),
-    "spine":       (260, 0.52, 0.36),
-    "aorta":       (165, 0.12, 0.08),
-    "stomach":     (30, 0.28, 0.70),
-    "bowel":       (42, 0.36, 0.54),
+    #               native arterial portal delayed   T1    T2
+    "air":         (-1000, -1000, -1000, -1000,     0.00, 0.00),
+    "liver":       (56,    76,    110,   95,        0.60, 0.26),
+    "kidneys":     (32,    190,   175,   150,       0.40, 0.74),
+    "spleen":      (48,    150,   125,   85,        0.34, 0.64),
+    "pancreas":    (42,    105,   92,    80,        0.76, 0.46),
+    "gallbladder": (12,    12,    12,    12,        0.20, 1.00),
+    "fat":         (-100,  -95,   -95,   -95,       0.95, 0.75),
+    "muscle":      (50,    56,    58,    59,        0.42, 0.16),
+    "spine":       (250,   255,   260,   255,       0.52, 0.36),
+    "aorta":       (40,    340,   165,   115,       0.12, 0.08),
+    "stomach":     (30,    30,    30,    30,        0.28, 0.70),
+    "bowel":       (30,    45,    42,    40,        0.36, 0.54),
 }  # fmt: skip
 CODE = {name: code for code, name in enumerate(TISSUES)}
-VALUES = np.array(list(TISSUES.values()), dtype=np.float32)  # (tissues, 3)
+NATIVE, ARTERIAL, PORTAL, DELAYED, T1, T2 = np.array(list(TISSUES.values()), dtype=np.float32).T
+
+# Where the phases of the other scanner come from; what no source is named for is a round number
+# within the range that textbooks give. Bile and what is in the stomach take up no contrast medium.
+# Native: liver 56 (Husarik et al., Acad Radiol 18:822, 2011), the spleen below it (Piekarski et
+#   al., Radiology 137:727, 1980, doi:10.1148/radiology.137.3.6934563), bone 11 below its enhanced
+#   value (Pickhardt et al., Osteoporos Int 27:147, 2016).
+# Late arterial, over native: aorta +300 to 336, spleen +97 to 108, liver +15 to 25 (Goshima et al.,
+#   AJR 187:W25, 2006); renal cortex +195 to 217 and medulla 110 to 140 less, two to one (Eur J
+#   Radiol 63:420, 2007, doi:10.1016/j.ejrad.2007.02.005). Pancreas 100 to 111 in all (Stuber et
+#   al., World J Radiol 4:324, 2012, doi:10.4329/wjr.v4.i7.324). Bowel wall little above portal
+#   (Horton et al., J Comput Assist Tomogr 24:67, 2000).
+# Delayed, 3 min: aorta +75, a round number, thus plasma +125 at a hematocrit of 0.4. An organ gains
+#   its extracellular share: 0.3 in liver, spleen and pancreas (measured in the pancreas: 0.25 to
+#   0.28; Tirkes et al., Abdom Radiol 44:3133, 2019, doi:10.1007/s00261-019-02071-7).
+# Arterial and delayed: muscle +6.4 and +8.7, fat +4.8 and +5.8 (Paris et al., JPEN, 2018). Bone is
+#   brightest in the portal phase (Boutin et al., AJR 207:1046, 2016).
 
 # Ellipsoids in the order in which they are painted, later ones on top: tissue, centre and radii as
 # fractions of the half-width, along x, y and z.
@@ -60,19 +91,26 @@ ANATOMY = (
 )  # fmt: skip
 
 
-def phantom(seed: int, modality: str, index: int) -> tuple[np.ndarray, np.ndarray]:
+def phantom(
+    seed: int, modality: str, index: int, scanner: str = "own"
+) -> tuple[np.ndarray, np.ndarray]:
     """Make one case: the image, (SIZE, SIZE, SIZE) float32, and its labels, the same in uint8.
 
     CT images are in Hounsfield units, MRI images in arbitrary ones; labels index ORGANS from 1 on.
     Axes run from the patient's left to right, back to front and feet to head (nibabel's RAS+, in
     which scans are read: the liver lies at large x), SPACING mm a voxel. The same arguments give
-    the same case. Raises ValueError for a modality other than "ct" and "mri".
+    the same case; scanners share no patient. Raises ValueError for a modality other than "ct" and
+    "mri", and for a scanner other than "own" and "other".
     """
     if modality not in ("ct", "mri"):
         raise ValueError(f'modality must be "ct" or "mri", not {modality!r}')
-    rng = np.random.default_rng([seed, ("ct", "mri").index(modality), index])
+    if scanner not in ("own", "other"):
+        raise ValueError(f'scanner must be "own" or "other", not {scanner!r}')
+    other = scanner == "other"
+    rng = np.random.default_rng([seed, ("ct", "mri").index(modality) + 2 * other, index])
     tissues = _draw_anatomy(rng)
-    image = _render_ct(tissues, rng) if modality == "ct" else _render_mri(tissues, rng)
+    render = _render_ct if modality == "ct" else _render_mri
+    image = render(tissues, rng, other)
     labels = np.where(tissues <= len(ORGANS), tissues, 0)
     return image.astype(np.float32), labels.astype(np.uint8)
 
@@ -94,22 +132,34 @@ def _draw_anatomy(rng: np.random.Generator) -> np.ndarray:
     return tissues
 
 
-def _render_ct(tissues: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Hounsfield values, each tissue a little off, partial volume and quantum noise."""
-    values = VALUES[:, 0] + rng.normal(0, 12, len(VALUES)) * (np.arange(len(VALUES)) > 0)
-    image = ndimage.gaussian_filter(values[tissues], 0.5)
+def _render_ct(tissues: np.ndarray, rng: np.random.Generator, other: bool) -> np.ndarray:
+    """Hounsfield values, each tissue a little off, partial volume and quantum noise.
+
+    A kernel shapes the texture of noise (Solomon et al., Med Phys 39:6048, 2012,
+    doi:10.1118/1.4752209); low-dose scans had 1.4 times that of standard ones (Husarik et al.).
+    """
+    phase = (NATIVE, ARTERIAL, DELAYED)[rng.integers(3)] if other else PORTAL
+    values = phase + rng.normal(0, 12, len(phase)) * (np.arange(len(phase)) > 0)
+    image = ndimage.gaussian_filter(values[tissues], 0.8 if other else 0.5)
+    if other:
+        return image + 15 * _smooth_noise(rng, (), sigma=0.8)
     return image + rng.normal(0, 10, image.shape)
 
 
-def _render_mri(tissues: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A mix of T1 and T2 weighting, partial volume, a bias field and Rician noise."""
-    t2_weighting = rng.beta(0.5, 0.5)  # mostly one or the other
-    values = (1 - t2_weighting) * VALUES[:, 1] + t2_weighting * VALUES[:, 2]
+def _render_mri(tissues: np.ndarray, rng: np.random.Generator, other: bool) -> np.ndarray:
+    """A mix of T1 and T2 weighting, fat suppressed, partial volume, a bias field and Rician noise.
+
+    Balanced SSFP weights by T2/T1 (Scheffler and Lehnhardt, Eur Radiol 13:2409, 2003,
+    doi:10.1007/s00330-003-1957-x). Over livers B1 spans 0.59 to 1.13 at 3 T and half as much, 0.83
+    to 1.11, at 1.5 T (Roberts et al., Magn Reson Med 85:2212, 2021, doi:10.1002/mrm.28549).
+    """
+    t2_weighting = rng.uniform(0.4, 0.6) if other else rng.beta(0.5, 0.5)
+    values = (1 - t2_weighting) * T1 + t2_weighting * T2
     values *= rng.normal(1, 0.2, len(values)).clip(0.5, 1.5)
-    values[CODE["fat"]] *= rng.uniform(0.35, 1)  # fat suppression, more or less of it
+    values[CODE["fat"]] *= rng.uniform(0, 0.2) if other else rng.uniform(0.35, 1)
     image = ndimage.gaussian_filter(values[tissues], 0.5)
-    image *= np.exp(0.25 * _smooth_noise(rng, (), sigma=SIZE / 3))
-    real, imaginary = rng.normal(0, 0.02, (2, *image.shape))
+    image *= np.exp((0.5 if other else 0.25) * _smooth_noise(rng, (), sigma=SIZE / 3))
+    real, imaginary = rng.normal(0, 0.04 if other else 0.02, (2, *image.shape))
     return rng.uniform(200, 1000) * np.hypot(image + real, imaginary)
 
 
