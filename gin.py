@@ -50,8 +50,7 @@ def gin(
         raise ValueError(
             f"gin needs floats of shape (B, C, *space), not {x.dtype} {tuple(x.shape)}"
         )
-    if n_layers < 1 or hidden_channels < 1 or any(k < 1 or k % 2 == 0 for k in kernel_sizes):
-        raise ValueError("gin needs n_layers ≥ 1, hidden_channels ≥ 1 and odd kernel sizes")
+    _check(n_layers, hidden_channels, kernel_sizes)
     with torch.autocast(x.device.type, enabled=False):
         image = x.float()
         channels = [x.shape[1]] + [hidden_channels] * (n_layers - 1) + [x.shape[1]]
@@ -65,22 +64,42 @@ class GIN(nn.Module):
     """`gin` as a layer: redraws each image with probability p; the identity in eval mode.
 
     The other arguments are gin's own. Input and output: (B, C, *space), same dtype and device.
+    Raises ValueError for what gin would refuse.
     """
 
-    def __init__(self, p: float = 1.0, **settings: Any) -> None:
+    def __init__(
+        self,
+        p: float = 1.0,
+        n_layers: int = 4,
+        hidden_channels: int = 2,
+        kernel_sizes: tuple[int, ...] = (1, 3),
+        generator: Generator = None,
+    ) -> None:
         super().__init__()
         if not 0 <= p <= 1:
             raise ValueError(f"p is a probability between 0 and 1, not {p}")
-        self.p, self.settings = p, settings
+        _check(n_layers, hidden_channels, kernel_sizes)
+        sizes = {"n_layers": n_layers, "hidden_channels": hidden_channels}
+        self.p, self.settings = p, dict[str, Any](sizes, kernel_sizes=kernel_sizes)
+        self.generator = generator
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{key}={value}" for key, value in {"p": self.p, **self.settings}.items())
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
-        redrawn = gin(x, **self.settings)
+        redrawn = gin(x, **self.settings, generator=self.generator)
         if self.p == 1:
             return redrawn
-        shape, generator = (len(x),) + (1,) * (x.ndim - 1), self.settings.get("generator")
-        return torch.where(_draw(torch.rand, shape, x.device, generator) < self.p, redrawn, x)
+        shape = (len(x),) + (1,) * (x.ndim - 1)
+        return torch.where(_draw(torch.rand, shape, x.device, self.generator) < self.p, redrawn, x)
+
+
+def _check(n_layers: int, hidden_channels: int, kernel_sizes: tuple[int, ...]) -> None:
+    odd = kernel_sizes and all(k > 0 and k % 2 for k in kernel_sizes)
+    if n_layers < 1 or hidden_channels < 1 or not odd:
+        raise ValueError("gin needs n_layers ≥ 1, hidden_channels ≥ 1 and odd kernel sizes")
 
 
 def _random_network(
