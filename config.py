@@ -68,7 +68,12 @@ class Config:
     lr: float = flag(
         4e-3, "first learning rate; round t of T has (1 − (t − 1) / T)^0.9 of it", scans=1e-3
     )
-    gin_probability: float = flag(1.0, "share of images that GIN transforms, in arms that use it")
+    gin_probability: tuple[float, ...] = flag(
+        (1.0,), "share of the images that GIN transforms, in arms that use it; several: an arm each"
+    )
+    val_every: int = flag(
+        1, "rounds from one validation to the next, on at most 8 cases a hospital", scans=5
+    )
     nsd_tolerance: float = flag(
         SPACING, "mm within which a surface voxel counts as right", scans=2.0
     )
@@ -80,8 +85,12 @@ class Config:
     def __post_init__(self) -> None:
         kind = "phantoms" if self.on_phantoms else "scans"
         for field in dataclasses.fields(self):
-            if getattr(self, field.name) is None:
-                object.__setattr__(self, field.name, field.metadata[kind])
+            value = getattr(self, field.name)
+            if value is None:
+                value = field.metadata[kind]
+            if isinstance(field.default, tuple) and not isinstance(value, tuple):
+                value = tuple(value) if isinstance(value, list) else (value,)
+            object.__setattr__(self, field.name, value)
         out = Path(self.out or f"runs/{self.scenario}")
         object.__setattr__(self, "out", str(out))
         object.__setattr__(self, "cache", self.cache or str(out.parent / "cache"))
@@ -102,14 +111,14 @@ def check(config: Config) -> None:
         value, name = getattr(config, field.name), "--" + field.name.replace("_", "-")
         if isinstance(value, tuple) and len(set(value)) < len(value):
             raise ValueError(f"{name} names something twice: {' '.join(map(str, value))}")
-        if field.name == "gin_probability":
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} must lie between 0 and 1, not {value}")
-        elif type(value) in (int, float):
+        if type(value) in (int, float):
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name} must be a positive number, not {value}")
             if value > LIMITS.get(field.name, math.inf):
                 raise ValueError(f"{name} can be at most {LIMITS[field.name]}")
+    if not all(0 <= p <= 1 for p in config.gin_probability):
+        shares = " ".join(map(str, config.gin_probability))
+        raise ValueError(f"--gin-probability must lie between 0 and 1, not {shares}")
     if not all(0 <= seed < 2**63 for seed in config.seeds):
         raise ValueError(f"--seeds {' '.join(map(str, config.seeds))}: must lie in 0 … 2^63 - 1")
     divisor = 2 ** (config.depth - 1)

@@ -285,13 +285,13 @@ def patches(
         yield images[:, None], labels.long(), labelled
 
 
-def prefetch(batches: Iterator[tuple[Tensor, ...]], pin: bool) -> Iterator[tuple[Tensor, ...]]:
+def prefetch(batches: Iterator[tuple], pin: bool = False) -> Iterator[tuple]:
     """Yield the same batches, each drawn by a thread while the one before it is in use.
 
     pin puts them into page-locked memory, from where a GPU fetches them without being waited for.
     """
 
-    def draw() -> tuple[Tensor, ...] | None:
+    def draw() -> tuple | None:
         batch = next(batches, None)
         return tuple(part.pin_memory() for part in batch) if pin and batch else batch
 

@@ -7,123 +7,66 @@ trains on images transformed by GIN (gin.py), beside the arms that it is compare
     python fedgin.py --scenario complete --ct DIR --mri DIR  # scans, best on a GPU
 """
 
+import dataclasses
 import functools
 import itertools
 import math
 import os
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
+import arms
 import data
 import results
+from arms import Arm, choose_cases, label_arms, taking_part
 from config import Config, describe, how_to_go_on, make_parser, run_command, to_config
 from data import Volume
-from datasets import DataError
 from evaluate import dice, mixed_precision, score_case
 from federated import Client, State, federated_rounds, train_locally, weighted_average
 from gin import GIN
-from hospitals import Hospital, load_hospitals, record
+from hospitals import Hospital, load_hospitals, record, trainable, validation_cases
 from predict import segment
+from progress import Progress, count_steps, name_training
 from tables import mean
 from unet3d import UNet3D
 
-# ------------------------------------------------------------------------------ arms and scenarios
+CPU = torch.device("cpu")
+Watch = Callable[[Iterable, str], Iterable]
 
 
-class Arm(NamedTuple):
-    modalities: tuple[str, ...]  # whose hospitals take part
-    pooled: bool  # their cases in one place, instead of federated averaging
-    gin: bool
-
-
-ARMS = {
-    "mri-only": Arm(("mri",), pooled=False, gin=False),
-    "ct-only": Arm(("ct",), pooled=False, gin=False),
-    "centralized": Arm(("mri", "ct"), pooled=True, gin=False),
-    "fl": Arm(("mri", "ct"), pooled=False, gin=False),
-    "fedgin": Arm(("mri", "ct"), pooled=False, gin=True),
-}
-ARMS |= {f"{n}+gin": ARMS[n]._replace(gin=True) for n in ("mri-only", "ct-only", "centralized")}
-
-SCENARIOS = {  # the arms that run without --arms
-    "limited": ("mri-only", "fl", "fedgin", "centralized+gin"),
-    "complete": ("mri-only", "ct-only", "fl", "fedgin", "centralized+gin"),
-}
-RATIOS = {"1:1": 1, "1:2": 2, "1:5": 5, "all": math.inf}  # CT training cases for each MRI one
-
-
-def run_labels(config: Config) -> list[str]:
-    """The arms to run; the ratio stands behind those that differ by it, if there are several."""
-    if config.scenario == "complete" or len(config.ratios) == 1:
-        return list(config.arms)
-    return [
-        f"{name} {ratio}".strip()
-        for name in config.arms
-        for ratio in (config.ratios if "ct" in ARMS[name].modalities else [""])
-    ]
+def unwatched(items: Iterable, what: str) -> Iterable:
+    """Items as they are; Progress.watch shows on the screen how far one is with them."""
+    return items
 
 
 # ------------------------------------------------------------------------------- who trains on what
 
 
-def choose_cases(
-    config: Config, label: str, hospitals: Sequence[Hospital]
-) -> dict[str, tuple[list[Volume], int]]:
-    """Who trains in an arm: {name: (its cases, batches a round)}; label: the arm and its ratio.
-
-    In the limited scenario few MRI cases take part, and as many CT cases as the ratio says. A
-    pooled arm has a single client with everybody's cases and steps.
-    """
-    name, _, ratio = label.partition(" ")
-    limit = {"mri": math.inf, "ct": math.inf}
-    if config.scenario == "limited":
-        n_mri = sum(len(h.train) for h in hospitals if h.modality == "mri")
-        limit["mri"] = min(config.mri_cases, n_mri or math.inf)
-        limit["ct"] = limit["mri"] * RATIOS[ratio or config.ratios[0]]
-    chosen: dict[str, list[Volume]] = {}
-    for modality in ARMS[name].modalities:
-        holders = [h for h in hospitals if h.modality == modality]
-        # In turns, so that a small share of the cases still comes from every hospital.
-        turns = sorted((i, k) for k, h in enumerate(holders) for i in range(len(h.train)))
-        for i, k in turns[: int(min(limit[modality], len(turns)))]:
-            chosen.setdefault(holders[k].name, []).append(holders[k].train[i])
-    if ARMS[name].pooled:
-        pool = [case for cases in chosen.values() for case in cases]
-        return {"pooled": (pool, config.local_steps * len(chosen))}
-    return {name: (cases, config.local_steps) for name, cases in chosen.items()}
-
-
-def check_arm(label: str, hospitals: Sequence[Hospital]) -> None:
-    """Raise DataError if an arm needs a modality of which there is no training case."""
-    name = label.split()[0]
-    for modality in ARMS[name].modalities:
-        if not any(h.train for h in hospitals if h.modality == modality):
-            raise DataError(
-                f"arm {name} needs {modality.upper()} training cases and there are none; give "
-                f"folders with --{modality} or choose other --arms"
-            )
-
-
 def make_clients(
-    config: Config, seed: int, label: str, hospitals: Sequence[Hospital], device: torch.device
+    config: Config,
+    seed: int,
+    arm: Arm,
+    hospitals: Sequence[Hospital],
+    device: torch.device,
+    watch: Watch = unwatched,
 ) -> dict[str, Client]:
     """What federated averaging must know of those who train in an arm."""
-    gin, clients = ARMS[label.split()[0]].gin, {}
-    for name, (cases, steps) in choose_cases(config, label, hospitals).items():
+    clients = {}
+    for name, (cases, steps) in choose_cases(config, arm, hospitals).items():
         counts = np.sum([case.counts for case in cases], axis=0)
         # A class weighs 1 / √(its share of the client's training voxels): with equal weights small
         # organs now and then vanish from the prediction for good.
         weight = torch.from_numpy(counts).clamp(min=1).float().rsqrt().to(device)
         loss = functools.partial(segmentation_loss, weight=weight)
-        drawn = functools.partial(batches, config, seed, name, cases, steps, gin, device)
+        drawn = functools.partial(
+            batches, config, seed, name, cases, steps, arm.gin, device, watch=watch
+        )
         clients[name] = Client(len(cases), drawn, loss)
     return clients
 
@@ -134,20 +77,23 @@ def batches(
     name: str,
     cases: Sequence[Volume],
     steps: int,
-    gin: bool,
+    p: float,
     device: torch.device,
     round_: int,
+    watch: Watch = unwatched,
 ) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor | None]]]:
-    """Yield what a hospital trains on in a round: (images, (labels, labelled)), on the device."""
-    augment: nn.Module = nn.Identity()
-    if gin:
-        augment = GIN(config.gin_probability, generator=data.generator(seed, round_, name, "gin"))
+    """Yield what a hospital trains on in a round: (images, (labels, labelled)), on the device.
+
+    GIN transforms a share p of the images.
+    """
+    augment = GIN(p, generator=data.generator(seed, round_, name, "gin"))
     draws = data.generator(seed, round_, name, "patches")
     drawn = data.patches(cases, config.patch, config.batch_size, steps, draws)
-    for images, labels, labelled in data.prefetch(drawn, pin=device.type == "cuda"):
+    drawn = data.prefetch(drawn, pin=device.type == "cuda")
+    for images, labels, labelled in watch(drawn, f"round {round_} of {config.rounds}"):
         known = None if labelled.all() else labelled.to(device, non_blocking=True)
         images, labels = (part.to(device, non_blocking=True) for part in (images, labels))
-        yield augment(images), (labels, known)
+        yield augment(images) if p else images, (labels, known)
 
 
 # ----------------------------------------------------------------------------- a round and its loss
@@ -157,41 +103,51 @@ def train_arm(
     config: Config,
     state: dict,
     hospitals: Sequence[Hospital],
-    device: torch.device,
+    device: torch.device = CPU,
+    *,
     average: Callable = weighted_average,
     add_up: Callable[[Tensor], Tensor] = lambda sums: sums,
+    watch: Watch = unwatched,
 ) -> Iterator[dict]:
     """Train an arm by FedAvg, yielding its state after each round: see new_state and keep_round.
 
     Given the state after an earlier round, it goes on from there as if it had never stopped. Where
-    other processes train too, `average` and `add_up` go over all of them.
+    other processes train too, `average` and `add_up` go over all of them. What takes time is drawn
+    through `watch`.
     """
 
     def lr(round_: int) -> float:
         return config.lr * (1 - (round_ - 1) / config.rounds) ** 0.9
 
+    arm = label_arms(config)[state["arm"]]
     model = make_model(config, state["seed"], device, state["weights"])
-    clients = make_clients(config, state["seed"], state["arm"], hospitals, device)
-    modalities = ARMS[state["arm"].split()[0]].modalities
+    clients = make_clients(config, state["seed"], arm, hospitals, device, watch)
     train = functools.partial(train_locally, autocast=mixed_precision(device))
-    rounds = config.rounds, lr, state["round"], train, average
+    held_out = validation_cases(state["seed"], taking_part(arm, hospitals))
     chance_loss = math.log(len(config.organs) + 1) + 1  # of equal probabilities
+    began = time.monotonic()
+    rounds = config.rounds, lr, state["round"], train, average
     for round_, losses in federated_rounds(model, clients, *rounds):
         if max(losses.values()) > 10 * chance_loss:
             raise FloatingPointError(f"round {round_}: {losses}: exploded; a lower --lr may help")
-        val_dice = mean_dice(add_up(validate(config, model, hospitals, modalities)), modalities)
-        state = keep_round(state, model, round_, losses, val_dice)
+        val_dice = {}
+        if round_ % config.val_every == 0 or round_ == config.rounds:
+            seen = watch(held_out, f"round {round_} of {config.rounds}")
+            sums = validate(config, model, seen, arm.modalities)
+            val_dice = mean_dice(add_up(sums), arm.modalities)
+        state = keep_round(state, model, losses, val_dice, time.monotonic() - began)
         yield state
+        began = time.monotonic()
 
 
 def new_state(seed: int, label: str) -> dict:
-    """The state of a training before its first round."""
+    """The state of a training before its first round; label: one of label_arms."""
     best = {"val_dice": -math.inf, "round": 0, "weights": None}
     return {"seed": seed, "arm": label, "round": 0, "weights": None, "best": best, "history": []}
 
 
 def make_model(
-    config: Config, seed: int, device: torch.device, weights: State | None = None
+    config: Config, seed: int, device: torch.device = CPU, weights: State | None = None
 ) -> nn.Module:
     """The U-Net with the initial weights that all arms of a seed start from, or those given."""
     with torch.random.fork_rng(devices=[]):
@@ -231,21 +187,20 @@ def segmentation_loss(
 
 
 def validate(
-    config: Config, model: nn.Module, hospitals: Sequence[Hospital], modalities: Sequence[str]
+    config: Config, model: nn.Module, cases: Iterable[Volume], modalities: Sequence[str]
 ) -> Tensor:
-    """(2, modalities, organs): the sum of Dice over the validation cases with an organ, and n.
+    """(2, modalities, organs): the sum of Dice over the cases with an organ, and their number.
 
-    On the model's grid. Training cases stand in at a hospital that has no validation case.
+    On the model's grid.
     """
     sums = torch.zeros(2, len(modalities), len(config.organs), dtype=torch.float64)
-    for hospital in (h for h in hospitals if h.modality in modalities):
-        row = modalities.index(hospital.modality)
-        for case in hospital.val or hospital.train:
-            prediction = segment(model, case.image, config.patch, case.labels.shape)
-            for n in range(1, len(config.organs) + 1):
-                if (target := case.labels == n).any():  # by the target: NaN must not depend on
-                    score = dice(prediction == n, target)  # what is predicted
-                    sums[:, row, n - 1] += torch.tensor([score, 1], dtype=torch.float64)
+    for case in cases:
+        prediction = segment(model, case.image, config.patch, case.labels.shape)
+        for n in range(1, len(config.organs) + 1):
+            if (target := case.labels == n).any():  # by the target: NaN must not depend on
+                score = dice(prediction == n, target)  # what is predicted
+                row = sums[:, modalities.index(case.modality), n - 1]
+                row += torch.tensor([score, 1], dtype=torch.float64)
     return sums
 
 
@@ -255,99 +210,129 @@ def mean_dice(sums: Tensor, modalities: Sequence[str]) -> dict[str, float]:
     return {m: mean(row.tolist()) for m, row in zip(modalities, by_organ, strict=True)}
 
 
-def keep_round(state: dict, model: nn.Module, round_: int, losses: dict, val_dice: dict) -> dict:
+def keep_round(
+    state: dict,
+    model: nn.Module,
+    losses: Mapping[str, float],
+    val_dice: Mapping[str, float],
+    seconds: float,
+) -> dict:
     """The state of a training after one more round: its weights, the best ones and its history.
 
     The best weights have the highest validation Dice, the mean over the modalities that can be
-    scored; where none can, they are the last ones.
+    scored; where none can, they are the last ones. A round may go without validation: val_dice is
+    empty then.
     """
+    round_ = state["round"] + 1
     weights = {key: w.cpu().clone() for key, w in model.state_dict().items()}
     best, val_mean = state["best"], mean(val_dice.values())
-    if not val_mean <= best["val_dice"]:  # NaN included
+    if val_dice and not val_mean <= best["val_dice"]:  # NaN included
         best = {"val_dice": val_mean, "round": round_, "weights": weights}
-    loss, dices = mean(losses.values()), [val_dice.get(m, "") for m in ("mri", "ct")]
-    history = [*state["history"], [state["seed"], state["arm"], round_, loss, *dices]]
+    row = {
+        "seed": state["seed"],
+        "arm": state["arm"],
+        "round": round_,
+        "seconds": round(seconds, 2),
+    }
+    row |= {"loss": mean(losses.values())}
+    row |= {f"val_dice_{m}": val_dice.get(m, "") for m in ("mri", "ct")}
+    row |= {f"loss {name}": loss for name, loss in losses.items()}
+    history = [*state["history"], row]
     return state | {"round": round_, "weights": weights, "best": best, "history": history}
 
 
 # ----------------------------------------------------------------------------- the test, and a run
 
 
-def test(config: Config, model: nn.Module, hospitals: Sequence[Hospital]) -> list[dict]:
-    """Scores by organ of every test case, on the scan's own grid."""
-    found = []
-    for hospital in hospitals:
-        for case in hospital.test:
+def test(
+    config: Config,
+    model: nn.Module,
+    hospitals: Sequence[Hospital],
+    start: int = 0,
+    watch: Watch = unwatched,
+) -> Iterator[dict]:
+    """Yield the scores by organ of every test case, from `start` on, on the scan's own grid."""
+    cases = [(hospital, case) for hospital in hospitals for case in hospital.test][start:]
+
+    def segmented() -> Iterator[tuple]:
+        for hospital, case in watch(cases, "testing"):
+            about = {"hospital": hospital.name, "scanner": "own" if hospital.modality else "other"}
+            about |= {"modality": case.modality, "case": case.id}
             target, spacing = data.read_target(case, config.organs, config.spacing)
             prediction = segment(model, case.image, config.patch, target.shape)
-            scores = score_case(
-                prediction, target, config.organs, spacing, config.nsd_tolerance, case.labelled
-            )
-            about = {"hospital": hospital.name, "modality": case.modality, "case": case.id}
-            found.append({**about, "scores": scores})
-    return found
+            yield about, prediction, target, spacing, case.labelled
+
+    # The model segments a case while the one before it is scored.
+    for about, prediction, target, spacing, labelled in data.prefetch(segmented(), pin=False):
+        scan = prediction, target, config.organs, spacing, config.nsd_tolerance, labelled
+        yield {**about, "scores": score_case(*scan)}
 
 
 def run(config: Config) -> None:
     """Train and test every arm with every seed, and write the results to config.out."""
+    config = dataclasses.replace(config, arms=config.arms or arms.SCENARIOS[config.scenario])
     results.check_out(config)
+    arms.check_arms(config, trainable(config))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(describe(config, device))
-    hospitals, left_out = load_hospitals(config)
-    print_shares(config, hospitals[config.seeds[0]], left_out)
-    with results.open_run(config, record(hospitals, config.organs)) as folder:
-        for seed, label in itertools.product(config.seeds, run_labels(config)):
-            if folder.is_finished(seed, label):
-                continue
-            state = folder.checkpoint(seed, label) or new_state(seed, label)
-            trained = train_arm(config, state, hospitals[seed], device)
-            bar = {"desc": f"{label}, seed {seed}", "total": config.rounds, "unit": "round"}
-            try:
-                with tqdm(trained, initial=state["round"], **bar) as rounds:
-                    for state in rounds:
-                        folder.keep_round(state)
-                        *_, loss, mri, ct = state["history"][-1]
-                        shown = {"loss": loss, "val_mri": mri, "val_ct": ct}
-                        rounds.set_postfix({key: v for key, v in shown.items() if v != ""})
-                if math.isnan(state["best"]["val_dice"]):
-                    print(f"{label}: no validation case holds an organ; the last weights are kept")
-                folder.keep_model(state)
-                model = make_model(config, seed, device, state["best"]["weights"])
-                folder.finish(state, test(config, model, hospitals[seed]))
-            except Exception as error:
-                error.add_note(f"seed {seed}, arm {label}")
-                raise
-        report = folder.report(shares_by_ratio(config, hospitals[config.seeds[0]]))
+    by_seed, notes = load_hospitals(config)
+    first = by_seed[config.seeds[0]]
+    arms.check_arms(config, {hospital.modality for hospital in first if hospital.train})
+    shares = arms.describe_shares(config, first)
+    print(*notes, shares, sep="\n")
+    with results.open_run(config, record(by_seed, config.organs)) as folder:
+        everything = itertools.product(config.seeds, label_arms(config))
+        todo = [training for training in everything if not folder.is_finished(*training)]
+        with Progress(
+            sum(count_steps(config, *t, by_seed[t[0]], folder) for t in todo)
+        ) as progress:
+            for seed, label in todo:
+                progress.name = name_training(config, seed, label)
+                try:
+                    state = folder.checkpoint(seed, label) or new_state(seed, label)
+                    place = by_seed[seed], device, folder, progress
+                    folder.finish(*run_training(config, state, *place))
+                except Exception as error:
+                    error.add_note(f"seed {seed}, arm {label}")
+                    raise
+        report = folder.report(shares)
     print(f"\n{report}\n\nEverything is in {config.out}{os.sep}")
 
 
-def print_shares(config: Config, hospitals: Sequence[Hospital], left_out: Sequence[str]) -> None:
-    """Say who holds and trains how many cases; raises DataError for an arm without a modality."""
-    for reason in left_out:
-        print(f"left out: {reason}")
-    for name, _, *parts in hospitals:
-        print("{}: {} cases to train, {} to validate, {} to test".format(name, *map(len, parts)))
-    for label in run_labels(config):
-        check_arm(label, hospitals)
-        chosen = choose_cases(config, label, hospitals)
-        shares = (f"{name} {len(cases)}" for name, (cases, _) in chosen.items())
-        print(f"{label + ':':20} training cases: {', '.join(shares)}")
+def run_training(
+    config: Config,
+    state: dict,
+    hospitals: Sequence[Hospital],
+    device: torch.device,
+    folder: results.Run,
+    progress: Progress,
+    **federation: Callable,
+) -> tuple[dict, list[dict]]:
+    """Train one arm with one seed and test it, from where it stopped; keep what comes of it.
 
-
-def shares_by_ratio(config: Config, hospitals: Sequence[Hospital]) -> str:
-    """Each ratio with the training cases that it came to, as there may be too few for it."""
-    shares = []
-    for ratio in config.ratios or ():
-        pool, _ = choose_cases(config, f"centralized {ratio}", hospitals)["pooled"]
-        n = Counter(case.modality for case in pool)
-        shares.append(f"{ratio} ({n['mri']} : {n['ct']} cases)")
-    return ", ".join(shares)
+    Returns its last state and the scores. federation: train_arm's average and add_up.
+    """
+    seed, label = state["seed"], state["arm"]
+    trained = train_arm(config, state, hospitals, device, watch=progress.watch, **federation)
+    for state in trained:
+        folder.keep_round(state)
+        progress.show_round(state["history"][-1])
+    if math.isnan(state["best"]["val_dice"]):
+        progress.say(f"{label}: no validation case holds an organ; the last weights are kept")
+    folder.keep_model(state)
+    model = make_model(config, seed, device, state["best"]["weights"])
+    scores = folder.tested(seed, label)
+    for score in test(config, model, hospitals, len(scores), progress.watch):
+        scores.append(score)
+        folder.keep_tested(seed, label, scores)
+    return state, scores
 
 
 def parse(argv: Sequence[str] | None) -> Config:
-    parser = make_parser(__doc__, {"scenario": SCENARIOS, "arms": ARMS, "ratios": RATIOS})
-    args = parser.parse_args(argv)
-    return to_config(parser, args, arms=args.arms or SCENARIOS[args.scenario])
+    parser = make_parser(
+        __doc__, {"scenario": arms.SCENARIOS, "arms": arms.ARMS, "ratios": arms.RATIOS}
+    )
+    return to_config(parser, parser.parse_args(argv))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,24 +2,26 @@
 
 from config import Config
 from hospitals import load_hospitals
-by_seed, left_out = load_hospitals(Config(ct=("ct_set",), mri=("mri_set",)))
+by_seed, notes = load_hospitals(Config(ct=("ct_set",), mri=("mri_set",)))
 print([(h.name, len(h.train), len(h.val), len(h.test)) for h in by_seed[42]])
 """
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 import phantom
 from config import Config
-from data import Volume, fingerprint, load_cases, make_volume, normalize
+from data import Volume, fingerprint, generator, load_cases, make_volume, normalize
 from datasets import SPLITS, Case, DataError, check_organs, find_cases, split_cases
 
 PHANTOM_SPLITS = {"train": range(12), "val": range(12, 16), "test": range(16, 24)}  # a modality
+VAL_CASES = 8  # of a hospital, at most, that a round is validated on
 
 
 class Hospital(NamedTuple):
@@ -42,14 +44,14 @@ class Source(NamedTuple):
 def load_hospitals(
     config: Config, alone: bool = True
 ) -> tuple[dict[int, list[Hospital]], list[str]]:
-    """All hospitals by seed, MRI first and --test last; and which cases were left out, and why.
+    """All hospitals by seed, MRI first and --test last; and what to tell of cases left out or odd.
 
     Every scan is read here, once. Raises DataError for folders that do not fit together and for
     cases that cannot be used. Unless alone, other hospitals may label the organs that these lack.
     """
     sources = find_sources(config)
     volumes: Mapping[Path, Any] = {}
-    left_out: list[str] = []
+    notes: list[str] = []
     if not config.on_phantoms:
         labelled = {source.folder: set(source.cases[0].masks) for source in sources}
         if alone or not config.partial_labels:
@@ -57,6 +59,7 @@ def load_hospitals(
         cases = [case for source in sources for case in source.cases]
         cache = None if config.no_cache else Path(config.cache)
         volumes, left_out = load_cases(cases, config.organs, config.spacing, cache, config.skip_bad)
+        notes = [f"left out: {reason}" for reason in left_out] + warn_of_copies(sources)
     by_seed: dict[int, list[Hospital]] = {}
     for seed in config.seeds:
         by_seed[seed] = []
@@ -68,10 +71,11 @@ def load_hospitals(
                 for split in ("train", "val"):
                     held = [volume for volume in parts[split] if volume.counts[1:].any()]
                     if n := len(parts[split]) - len(held):
-                        left_out.append(f"{source.name}, {split}: {n} scans without any organ")
+                        where = f"{source.name}, {split}"
+                        notes.append(f"left out: {where}: {n} scans without any organ")
                     parts[split] = held
             by_seed[seed] += split_into_sites(source, parts, config.sites)
-    return by_seed, left_out
+    return by_seed, notes
 
 
 def find_sources(config: Config) -> list[Source]:
@@ -80,7 +84,7 @@ def find_sources(config: Config) -> list[Source]:
     Raises DataError for a folder without cases, a scan in two of them, and hospitals of one name.
     """
     named = [(folder, m) for m in ("mri", "ct") for folder in getattr(config, m)]
-    named = [(m, m) for m in ("mri", "ct")] if config.on_phantoms else named
+    named = [("mri", "mri"), ("ct", "ct"), ("other-scanner", "")] if config.on_phantoms else named
     named += [(folder, "") for folder in config.test]
     names = [os.path.basename(os.path.abspath(folder)) for folder, _ in named]
     names = [n if names.count(n) == 1 else f"{n}-{i}" for i, n in enumerate(names, start=1)]
@@ -101,18 +105,51 @@ def find_sources(config: Config) -> list[Source]:
     return sources
 
 
+def trainable(config: Config) -> set[str]:
+    """The modalities that have training cases, as far as names of files tell.
+
+    Raises DataError for a folder that has fewer than --sites asks for.
+    """
+    if config.on_phantoms:
+        return {"mri", "ct"}
+    found = set()
+    for source in (source for source in find_sources(config) if source.modality):
+        for seed in config.seeds:
+            train = split_cases(source.cases, seed, bool(config.test))["train"]
+            check_sites(source, len(train), config.sites)
+            found |= {source.modality} if train else set()
+    return found
+
+
+def warn_of_copies(sources: Iterable[Source]) -> list[str]:
+    """A warning for scans of --test folders that are, byte for byte, in folders to train on."""
+    first: dict[tuple, Case] = {}
+    copies = []
+    for source in sources:  # those of --test come last
+        for case in source.cases:
+            [(_, *content)] = fingerprint(case, ())
+            twin = first.setdefault(tuple(content), case)
+            if twin.folder != case.folder and not source.modality:
+                copies.append(f"{case.image} is a copy of {twin.image}")
+    more = f", and {len(copies) - 1} others too" if len(copies) > 1 else ""
+    return [f"WARNING: what is trained on is tested on: {copies[0]}{more}"] if copies else []
+
+
 def phantom_cases(seed: int, modality: str, organs: Sequence[str]) -> dict[str, list[Volume]]:
-    """The phantoms of a modality, by split."""
+    """The phantoms of a modality, by split; without one, of both, from a scanner that none has."""
     everything = np.ones(len(organs) + 1, dtype=bool)
     label = [0] + [organs.index(o) + 1 if o in organs else 0 for o in phantom.ORGANS]
     new_label = np.array(label, dtype=np.uint8)
 
-    def volume(index: int) -> Volume:
-        image, labels = phantom.phantom(seed, modality, index)
+    def volume(modality: str, index: int, scanner: str = "own") -> Volume:
+        image, labels = phantom.phantom(seed, modality, index, scanner)
         image, labels = normalize(image, modality), new_label[labels]
         return make_volume(f"phantom{index:02d}", modality, image, labels, everything)
 
-    return {split: [volume(index) for index in PHANTOM_SPLITS[split]] for split in SPLITS}
+    if not modality:
+        other = [volume(m, i, "other") for m in ("mri", "ct") for i in PHANTOM_SPLITS["test"]]
+        return {"train": [], "val": [], "test": other}
+    return {split: [volume(modality, i) for i in PHANTOM_SPLITS[split]] for split in SPLITS}
 
 
 def split_volumes(
@@ -126,18 +163,42 @@ def split_volumes(
     return {split: [volumes[case.image] for case in cases] for split, cases in parts.items()}
 
 
+def validation_cases(seed: int, hospitals: Iterable[Hospital]) -> list[Volume]:
+    """A few cases of each hospital to validate on, the same in every round.
+
+    Of more than VAL_CASES those are taken, in an order drawn by the seed, that hold what the ones
+    before lack most. Training cases stand in at a hospital that has no validation case.
+    """
+    chosen = []
+    for hospital in hospitals:
+        cases = hospital.val or hospital.train
+        holds = np.array([case.counts[1:] > 0 for case in cases])  # (cases, organs)
+        draws = generator(seed, hospital.name, "validation")
+        left = torch.randperm(len(cases), generator=draws).tolist()
+        taken: list[int] = []
+        while left and len(taken) < VAL_CASES:
+            worth = (holds[left] / (1 + holds[taken].sum(axis=0))).sum(axis=1)
+            taken.append(left.pop(int(worth.argmax())))
+        chosen += [cases[i] for i in sorted(taken)]
+    return chosen
+
+
 def split_into_sites(
     source: Source, parts: Mapping[str, Sequence[Volume]], sites: int
 ) -> list[Hospital]:
     """Divide the cases of a source among its hospitals; one that is only tested on stays whole."""
     names = site_names(source, sites)
-    if len(names) > 1 and len(parts["train"]) < sites:
-        n = len(parts["train"])
-        raise DataError(f"--sites {sites}: {source.folder} has {n} training cases, too few")
+    if source.modality:
+        check_sites(source, len(parts["train"]), sites)
     return [
         Hospital(name, source.modality, *(parts[split][i :: len(names)] for split in SPLITS))
         for i, name in enumerate(names)
     ]
+
+
+def check_sites(source: Source, n_train: int, sites: int) -> None:
+    if sites > 1 and n_train < sites:
+        raise DataError(f"--sites {sites}: {source.folder} has {n_train} training cases, too few")
 
 
 def site_names(source: Source, sites: int) -> list[str]:

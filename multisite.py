@@ -25,14 +25,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from tqdm import tqdm
 
+import arms
 import fedgin
 import results
 from config import NOT_COMPARED, Config, describe, how_to_go_on, make_parser, run_command, to_config
 from datasets import DataError, check_organs
 from federated import State, weighted_average
 from hospitals import Hospital, load_hospitals, record
+from progress import Progress, count_steps
 
 OWN = ("ct", "mri", "test", "layout", "skip_bad", *NOT_COMPARED)  # settings of one hospital alone
 SEVERAL = ("scenario", "arms", "ratios", "mri_cases", "seeds", "sites")  # fedgin.py's
@@ -210,34 +211,31 @@ def run(config: Config, name: str, timeout: float) -> None:
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
     print(describe(config, device))
-    [seed], [arm] = config.seeds, config.arms
+    [seed], [arm] = config.seeds, arms.label_arms(config)
     with Peers(name, timeout) as peers:
         results.check_out(config)
-        by_seed, left_out = load_hospitals(config, alone=False)
+        by_seed, notes = load_hospitals(config, alone=False)
         hospitals = [by_seed[seed][0]._replace(name=name), *by_seed[seed][1:]]
-        for reason in left_out:
-            print(f"left out: {reason}")
+        print(*notes, sep="\n", end="\n" if notes else "")
         check_alike(config, hospitals[0], peers)
         with results.open_run(config, record({seed: hospitals}, config.organs)) as folder:
             if not all(peers.exchange("finished", folder.is_finished(seed, arm))):
                 peers.connect()
-                state = folder.checkpoint(seed, arm) or fedgin.new_state(seed, arm)
-                state = share_state(state, fedgin.make_model(config, seed, device), peers)
-                trained = fedgin.train_arm(
-                    config, state, hospitals, device, peers.average, peers.add_up
+                model = fedgin.make_model(config, seed, device)
+                state = share_state(
+                    folder.checkpoint(seed, arm) or fedgin.new_state(seed, arm), model, peers
                 )
-                bar = {"desc": f"{name}: {arm}", "total": config.rounds, "unit": "round"}
-                for state in tqdm(trained, initial=state["round"], **bar):  # noqa: B020
-                    if peers.rank == 0:
-                        folder.keep_round(state)
-                folder.keep_model(state)
-                model = fedgin.make_model(config, seed, device, state["best"]["weights"])
-                scores = fedgin.test(config, model, hospitals)
+                rest = hospitals, device, folder
+                with Progress(count_steps(config, seed, arm, hospitals, folder)) as progress:
+                    progress.name = f"{name}: {arm}"
+                    state, scores = fedgin.run_training(
+                        config, state, *rest, progress, average=peers.average, add_up=peers.add_up
+                    )
                 found = share_scores(scores, peers)
                 if not folder.is_finished(seed, arm):
                     folder.finish(state, found)
             peers.exchange("kept", None)
-            print(f"\n{folder.report()}\n\nEverything is in {config.out}{os.sep}")
+            print(f"\n{folder.report(name)}\n\nEverything is in {config.out}{os.sep}")
 
 
 def check_alike(config: Config, hospital: Hospital, peers: Peers) -> None:
@@ -271,7 +269,9 @@ def share_state(state: dict, model: nn.Module, peers: Peers) -> dict:
     numbers, last, top = peers.first(torch.cat(own)).split([3, n, n])
     round_, best_round, val_dice = numbers.tolist()
     best = {"val_dice": val_dice, "round": int(best_round), "weights": unpack(top, weights)}
-    return state | {"round": int(round_), "weights": unpack(last, weights), "best": best}
+    history = [row for row in state["history"] if row["round"] <= round_]  # this hospital's own
+    shared = {"round": int(round_), "weights": unpack(last, weights), "best": best}
+    return state | shared | {"history": history}
 
 
 def share_scores(scores: list[dict], peers: Peers) -> list[dict]:
@@ -302,6 +302,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "RANK" not in os.environ:
         parser.error("must be started by torchrun; see docs/several-machines.md")
     name = args.name or os.path.basename(os.path.abspath(folders[0]))
+    if args.gin_probability and len(args.gin_probability) > 1:
+        parser.error("--gin-probability: one value, as one model is trained")
     fixed = {"scenario": "complete", "arms": (args.arm,), "seeds": (args.seed,)}
     config = to_config(parser, args, **fixed, out=args.out or f"runs/{args.arm}-{name}")
     command = f"multisite.py (rank {os.environ['RANK']}, {name})"

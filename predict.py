@@ -27,7 +27,7 @@ from datasets import LAYOUTS, Case, DataError, find_cases
 from evaluate import mixed_precision, score_case, sliding_window
 from nifti import read_nifti, resample_labels, write_nifti
 from results import read, write
-from tables import summarize, table, write_scores
+from tables import list_scores, tables
 from unet3d import UNet3D
 
 
@@ -193,6 +193,9 @@ def run(args: argparse.Namespace) -> int:
     model, model_config = load_model(args.checkpoint, device)
     scans = find_scans(args.images, args.out, args.modality, args.layout)
     organs = model_config["organs"]
+    print(f"{args.checkpoint} segments {', '.join(organs)}")
+    if model_config.get("phantoms"):
+        print("WARNING: it was trained on PHANTOMS; what it finds in scans means nothing")
     open_out(args.out, args.checkpoint, organs, scans)
     results, failed = [], 0
     for path, case in tqdm(scans.items(), desc="segmenting", unit="scan"):
@@ -209,8 +212,8 @@ def run(args: argparse.Namespace) -> int:
             about = {"arm": args.checkpoint.stem, "seed": 0, "case": name}
             results += [{**about, "modality": case.modality, "scores": scores}] if scores else []
     if results:
-        print(table(summarize(results, organs), organs))
-        write_scores(args.out / "scores.csv", results)
+        print(tables(results, organs))
+        write(args.out / "scores.csv", list_scores(results).encode())
     print(f"{len(scans) - failed} of {len(scans)} scans segmented, in {args.out}{os.sep}")
     return int(failed > 0)
 

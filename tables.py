@@ -5,15 +5,17 @@ over seeds.
 """
 
 import csv
+import io
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import numpy as np
 
 from config import Config
 
 METRICS = ("dice", "hd95", "nsd")
-OUTCOMES = ("scored", "missed", "absent")  # that are counted; the fourth is "unlabelled"
 
 
 def mean(values: Iterable[float]) -> float:
@@ -22,12 +24,11 @@ def mean(values: Iterable[float]) -> float:
     return statistics.fmean(scored) if scored else math.nan
 
 
-def title(config: Config, shares: str = "") -> str:
-    """What the tables of a run are of; shares: the training cases by ratio, if limited."""
-    ratios = f", MRI : CT {shares}" if shares else ""
+def title(config: Config, results: Sequence[dict]) -> str:
+    """What the tables of a run are of."""
     source = "PHANTOMS (synthetic volumes, not patients)" if config.on_phantoms else "scans"
-    seeds = " ".join(map(str, config.seeds))
-    return f"## Test scores, {config.scenario} scenario{ratios}, seeds {seeds}: {source}"
+    seeds = " ".join(dict.fromkeys(str(result["seed"]) for result in results))
+    return f"## Test scores, {config.scenario} scenario, seeds {seeds}: {source}"
 
 
 def summarize(results: Sequence[dict], organs: Sequence[str]) -> dict[str, dict]:
@@ -35,8 +36,8 @@ def summarize(results: Sequence[dict], organs: Sequence[str]) -> dict[str, dict]
 
     results: dicts with seed, arm, modality and scores, those of score_case. Columns: (metric,
     modality), the mean over organs of each organ's mean over cases; (organ, modality), its Dice;
-    (outcome, modality), a count over organs and cases; "mean", the Dice of both modalities. The
-    deviation is the sample's, NaN with one seed.
+    ("scored", modality), organs of cases that are scored, missed ones included, and ("missed",
+    modality), ("absent", modality): counts. The deviation is the sample's, NaN with one seed.
     """
     runs: dict[str, dict[int, list[dict]]] = {}
     for result in results:
@@ -61,14 +62,25 @@ def _columns(results: Sequence[dict], organs: Sequence[str]) -> dict:
             by_organ = {(o, m): mean(s[o].get(metric, math.nan) for s in scores) for o in organs}
             columns[metric, m] = mean(by_organ.values())
             columns |= by_organ if metric == "dice" else {}
-        for outcome in OUTCOMES:
-            columns[outcome, m] = sum(s[o]["outcome"] == outcome for s in scores for o in organs)
-    columns["mean"] = (columns["dice", "mri"] + columns["dice", "ct"]) / 2
+        counts = Counter(s[o]["outcome"] for s in scores for o in organs)
+        columns |= {(outcome, m): counts[outcome] for outcome in ("missed", "absent")}
+        columns["scored", m] = counts["scored"] + counts["missed"]
     return columns
 
 
-def table(summary: Mapping[str, dict], organs: Sequence[str]) -> str:
-    """The summary as two Markdown tables, aligned to be read in a terminal: one row an arm."""
+def report(results: Sequence[dict], organs: Sequence[str]) -> str:
+    """The tables of a run: of test cases of the hospitals that train, then of others."""
+    parts = []
+    for scanner, what in (("own", "of the hospitals that train"), ("other", "of others")):
+        found = [result for result in results if result["scanner"] == scanner]
+        if found:
+            names = ", ".join(dict.fromkeys(result["hospital"] for result in found))
+            parts += [f"### Scanners {what}: {names}", tables(found, organs), comparisons(found)]
+    return "\n\n".join(filter(None, parts))
+
+
+def tables(results: Sequence[dict], organs: Sequence[str]) -> str:
+    """The results as Markdown tables, aligned to be read in a terminal: one row an arm."""
 
     def cell(value: tuple[float, float], digits: int = 3) -> str:
         number, spread = value
@@ -79,16 +91,16 @@ def table(summary: Mapping[str, dict], organs: Sequence[str]) -> str:
     def pair(row: dict, column: str, digits: int) -> str:
         return " / ".join(cell((row[column, m][0], math.nan), digits) for m in ("mri", "ct"))
 
-    overlap = [["arm", "MRI Dice", "CT Dice", "mean"] + [f"{o} MRI / CT" for o in organs]]
-    surface = [["arm", "MRI HD95 mm", "CT HD95 mm", "MRI NSD", "CT NSD"]]
-    surface[0] += [f"{outcome} MRI / CT" for outcome in OUTCOMES]
-    for arm, row in summary.items():
-        dices = [cell(row[column]) for column in (("dice", "mri"), ("dice", "ct"), "mean")]
-        overlap.append([arm, *dices, *(pair(row, organ, 2) for organ in organs)])
+    dices = [["arm", "MRI Dice", "CT Dice", "scored MRI / CT", "missed", "absent"]]
+    surfaces = [["arm", "MRI HD95 mm", "CT HD95 mm", "MRI NSD", "CT NSD"]]
+    by_organ = [["MRI / CT Dice", *organs]]
+    for arm, row in summarize(results, organs).items():
+        counts = [pair(row, outcome, 0) for outcome in ("scored", "missed", "absent")]
+        dices.append([arm, *(cell(row["dice", m]) for m in ("mri", "ct")), *counts])
         distances = [cell(row["hd95", m], 1) for m in ("mri", "ct")]
-        distances += [cell(row["nsd", m]) for m in ("mri", "ct")]
-        surface.append([arm, *distances, *(pair(row, outcome, 0) for outcome in OUTCOMES)])
-    return _markdown(overlap) + "\n\n" + _markdown(surface)
+        surfaces.append([arm, *distances, *(cell(row["nsd", m]) for m in ("mri", "ct"))])
+        by_organ.append([arm, *(pair(row, organ, 2) for organ in organs)])
+    return "\n\n".join(map(_markdown, (dices, surfaces, by_organ)))
 
 
 def _markdown(rows: list[list[str]]) -> str:
@@ -98,33 +110,70 @@ def _markdown(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-def comparisons(summary: Mapping[str, dict]) -> str:
-    """FedGIN against FL, the best local arm and centralized+gin: the paper's three comparisons."""
-    local = [arm for arm in summary if arm.startswith(("mri-only", "ct-only"))]
-    lines = []
-    for fedgin in (arm for arm in summary if arm.startswith("fedgin")):
-        ratio = fedgin.removeprefix("fedgin")
-        peers = {"FL": [f"fl{ratio}"], "the best local arm": local}
-        peers["centralized+gin"] = [f"centralized+gin{ratio}"]
-        for name, arms in peers.items():
-            found = []
-            for m in ("mri", "ct"):
-                dice = {a: summary[a]["dice", m][0] for a in (*arms, fedgin) if a in summary}
-                a = dice.pop(fedgin)
-                if dice and not math.isnan(a):
-                    peer, b = max(dice.items(), key=lambda item: item[1])
-                    change = f" ({a / b - 1:+.0%})" if b > 0 else ""
-                    found.append(f"{m.upper()} Dice {a:.3f} to {peer}'s {b:.3f}{change}")
-            lines += [f"- {fedgin} against {name}: {', '.join(found)}"] if found else []
-    return "\n".join(lines)
+def comparisons(results: Sequence[dict]) -> str:
+    """A table of FedGIN against FL, local training and centralized+gin, the paper's comparisons.
+
+    The difference in Dice on the same test cases, with its 95 % interval. Empty without such arms.
+    """
+    labels = list(dict.fromkeys(result["arm"] for result in results))
+    rows = [["difference in Dice [95 %]", "MRI", "CT"]]
+    for fedgin in (label for label in labels if label.startswith("fedgin")):
+        with_p = fedgin.removeprefix("fedgin")
+        ratio = with_p.partition(" p=")[0]
+        local = {f"mri-only{ratio}", "mri-only", f"ct-only{ratio}"}
+        peers = {f"fl{ratio}", *local, f"centralized+gin{with_p}"}
+        for peer in (label for label in labels if label in peers):
+            row = [f"{fedgin} − {peer}"]
+            for modality in ("mri", "ct"):
+                low, middle, high = paired_difference(results, fedgin, peer, modality)
+                mark = "*" if low <= 0 <= high else ""
+                shown = f"{middle:+.3f} [{low:.3f}, {high:.3f}]{mark}"
+                row.append("–" if math.isnan(low) else shown)
+            rows.append(row)
+    note = "\\* not distinguishable: the interval spans 0" if "*" in str(rows) else ""
+    return "\n\n".join(filter(None, [_markdown(rows), note])) if rows[1:] else ""
 
 
-def write_scores(path: Path, results: Sequence[dict]) -> None:
-    """One line a case and organ: case, modality, organ, outcome, dice, hd95, nsd."""
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["case", "modality", "organ", "outcome", *METRICS])
-        for result in results:
-            for organ, s in result["scores"].items():
-                metrics = [s.get(metric, "") for metric in METRICS]
-                writer.writerow([result["case"], result["modality"], organ, s["outcome"], *metrics])
+def paired_difference(
+    results: Sequence[dict], a: str, b: str, modality: str
+) -> tuple[float, float, float]:
+    """(low, difference, high) of arm a's Dice over arm b's on the test cases of both.
+
+    The difference of a case and organ is averaged over seeds, then over cases, then over organs.
+    The interval is the 95 % percentile bootstrap over cases (Efron & Tibshirani 1993), 2,000 draws
+    of a generator with a fixed seed. NaN with fewer than two cases.
+    """
+    dice: dict[tuple, dict] = {}
+    for result in results:
+        if result["arm"] in (a, b) and result["modality"] == modality:
+            for organ, score in result["scores"].items():
+                key = result["hospital"], result["case"], organ, result["seed"]
+                dice.setdefault(key, {})[result["arm"]] = score.get("dice", math.nan)
+    by_case: dict[tuple, dict[str, list[float]]] = {}
+    for (hospital, case, organ, _), pair in dice.items():
+        if len(pair) == 2 and not math.isnan(pair[a] - pair[b]):
+            by_case.setdefault((hospital, case), {}).setdefault(organ, []).append(pair[a] - pair[b])
+    organs = sorted({organ for found in by_case.values() for organ in found})
+    if len(by_case) < 2:
+        return math.nan, math.nan, math.nan
+    differences = np.array([[mean(c.get(o, ())) for o in organs] for c in by_case.values()])
+    cases = np.random.default_rng(0).integers(len(differences), size=(2000, len(differences)))
+    drawn = np.concatenate([differences[None], differences[cases]])  # (draws, cases, organs)
+    n = np.isfinite(drawn).sum(axis=1)
+    by_organ = np.divide(np.nansum(drawn, axis=1), n, out=np.full(n.shape, np.nan), where=n > 0)
+    means = np.nanmean(by_organ, axis=1)
+    low, high = np.percentile(means[1:], (2.5, 97.5))
+    return float(low), float(means[0]), float(high)
+
+
+def list_scores(results: Sequence[dict]) -> str:
+    """The results as CSV, one line a case and organ."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    about = ("seed", "arm", "hospital") if any("hospital" in result for result in results) else ()
+    writer.writerow([*about, "case", "modality", "organ", "outcome", *METRICS])
+    for result in results:
+        own = [result[key] for key in (*about, "case", "modality")]
+        for organ, s in result["scores"].items():
+            writer.writerow([*own, organ, s["outcome"], *(s.get(m, "") for m in METRICS)])
+    return text.getvalue()

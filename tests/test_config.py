@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import arms
 import fedgin
 from config import Config, describe, how_to_go_on, make_parser, run_command, to_config
 from datasets import ORGANS, DataError
@@ -57,7 +58,6 @@ def test_what_is_given_is_kept():
         lr=0.1,
         spacing=9.0,
         width=8,
-        arms=fedgin.SCENARIOS["limited"],
     )
 
 
@@ -68,10 +68,10 @@ def test_results_and_cache_lie_in_runs_unless_told_otherwise():
     assert Config(out="a/b/c", cache="d").cache == "d"
 
 
-def test_a_scenario_has_arms_of_its_own():
-    assert parse("").arms == ("mri-only", "fl", "fedgin", "centralized+gin")
-    assert parse("--scenario complete").arms == fedgin.SCENARIOS["complete"]
-    assert parse("--scenario complete --arms fl ct-only+gin").arms == ("fl", "ct-only+gin")
+def test_a_value_stands_for_a_tuple_of_one():
+    config = Config(ct="a", mri=["b", "c"], seeds=7, gin_probability=0.5, arms="fl")
+    assert (config.ct, config.mri, config.seeds) == (("a",), ("b", "c"), (7,))
+    assert (config.gin_probability, config.arms) == ((0.5,), ("fl",))
 
 
 # ------------------------------------------------------------------------------------ what is wrong
@@ -136,7 +136,7 @@ def test_python_gets_a_value_error(settings, message):
 
 def test_gin_may_have_any_probability():
     for p in (0, 0.0, 1, 0.5):
-        assert Config(gin_probability=p).gin_probability == p
+        assert Config(gin_probability=p).gin_probability == (p,)
     assert Config(spacing=9.0).spacing == 9.0  # it is the phantoms' own
 
 
@@ -145,7 +145,7 @@ def test_gin_may_have_any_probability():
 
 def test_help_has_every_flag_with_its_defaults(monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
-    choices = {"scenario": fedgin.SCENARIOS, "arms": fedgin.ARMS, "ratios": fedgin.RATIOS}
+    choices = {"scenario": arms.SCENARIOS, "arms": arms.ARMS, "ratios": arms.RATIOS}
     text = " ".join(make_parser(fedgin.__doc__, choices).format_help().split())
     for field in Config.__dataclass_fields__.values():
         assert f" --{field.name.replace('_', '-')} " in text
@@ -155,8 +155,8 @@ def test_help_has_every_flag_with_its_defaults(monkeypatch):
         "to which scans are resampled (default: 9.0, on scans 2.0)",
         "(default: liver kidneys spleen pancreas gallbladder)",
         "mean ± deviation (default: 42)",
-        f"of {', '.join(fedgin.ARMS)} (default: the scenario's)",
-        "arms that use it (default: 1.0)",
+        f"of {', '.join(arms.ARMS)} (default: the scenario's)",
+        "several: an arm each (default: 1.0)",
         "python fedgin.py --scenario limited",
     ):
         assert default in text

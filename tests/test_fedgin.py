@@ -27,16 +27,15 @@ import data
 import fedgin
 import predict
 import results
-from datasets import DataError
+from arms import ARMS, label_arms
 from evaluate import dice, score_case
 from gin import GIN, gin
-from hospitals import Hospital, load_hospitals
+from hospitals import Hospital, load_hospitals, validation_cases
 from phantom import SPACING, phantom
 from unet3d import UNet3D
 
 TINY = ["--rounds", "2", "--local-steps", "2", "--batch-size", "2"]
 TINY += ["--patch", "32", "--width", "2", "--depth", "2"]
-ARMS = ["mri-only", "fedgin"]
 CPU = torch.device("cpu")
 
 
@@ -49,9 +48,13 @@ def config(*args):
 
 
 def hospitals(seed, *args):
-    by_seed, left_out = load_hospitals(config("--seeds", seed, *args))
-    assert left_out == []
-    return by_seed[seed]
+    by_seed, notes = load_hospitals(config("--seeds", seed, *args))
+    assert notes == []
+    return [hospital for hospital in by_seed[seed] if hospital.modality]
+
+
+def arm(label, *args):
+    return label_arms(config("--ratios", "1:1", "1:2", "1:5", "all", *args))[label]
 
 
 def weights(path):
@@ -72,7 +75,19 @@ def differ(a, b):
 def phantom_run(tmp_path_factory):
     """Arms of each kind on phantoms, two ratios, two seeds."""
     out = tmp_path_factory.mktemp("run") / "results"
-    args = ["--arms", *ARMS, "--ratios", "1:1", "all", "--seeds", "1", "2", "--out", out]
+    args = [
+        "--arms",
+        "mri-only",
+        "fedgin",
+        "--ratios",
+        "1:1",
+        "all",
+        "--seeds",
+        "1",
+        "2",
+        "--out",
+        out,
+    ]
     assert command(*args) == 0
     return out
 
@@ -80,43 +95,52 @@ def phantom_run(tmp_path_factory):
 @pytest.mark.slow
 def test_a_run_leaves_what_it_promises(phantom_run):
     names = sorted(path.name for path in phantom_run.iterdir())
-    arms = {f"{arm} {ratio}" for arm in ARMS[1:] for ratio in ("1:1", "all")} | {"mri-only"}
+    arms = {"mri-only", "fedgin 1:1 p=1", "fedgin all p=1"}
     models = {
-        f"{arm.replace(':', '-').replace(' ', '-')}-seed{n}.pt" for arm in arms for n in (1, 2)
+        f"{name}-seed{n}.pt"
+        for name in ("mri-only", "fedgin-1-1-p1", "fedgin-all-p1")
+        for n in (1, 2)
     }
     left = {"config.json", "history.csv", "hospitals", "lock", "results.json", "results.md"}
-    assert set(names) == models | left
+    assert set(names) == models | left | {"scores.csv"}
     saved = json.loads((phantom_run / "config.json").read_text())
     assert saved["seeds"] == [1, 2]
     ct = json.loads((phantom_run / "hospitals/ct.json").read_text())
     assert len(ct["splits"]["1"]["train"]) == 12
     done = json.loads((phantom_run / "results.json").read_text())
     assert {r["arm"] for r in done["results"]} == arms
-    assert len(done["results"]) == 3 * 2 * 2 * 8  # arms, seeds, modalities, test cases
+    # arms, seeds, modalities, test cases of hospitals and of another scanner
+    assert len(done["results"]) == 3 * 2 * 2 * (8 + 8)
     assert sorted(done["finished"]) == sorted([seed, arm] for seed in (1, 2) for arm in arms)
     report = (phantom_run / "results.md").read_text()
     assert "PHANTOMS" in report.splitlines()[0]
-    assert "| fedgin 1:1" in report
+    assert "| fedgin 1:1 p=1 " in report
+    assert "### Scanners of others: other-scanner" in report
     with (phantom_run / "history.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 3 * 2 * 2  # arms, seeds, rounds
     assert {row["round"] for row in rows} == {"1", "2"}
     assert all(np.isfinite(float(row["loss"])) for row in rows)
     assert all((row["val_dice_ct"] == "") == row["arm"].startswith("mri") for row in rows)
-    assert [[str(cell) for cell in row] for row in done["history"]] == [
-        list(row.values()) for row in rows
-    ]
+    assert all((row["loss ct"] == "") == row["arm"].startswith("mri") for row in rows)
+    for row, kept in zip(rows, done["history"], strict=True):
+        assert {key: value for key, value in row.items() if value} == {
+            key: str(value) for key, value in kept.items() if value != ""
+        }
+        hospitals = [kept[key] for key in ("loss mri", "loss ct") if key in kept]
+        assert kept["loss"] == pytest.approx(np.mean(hospitals))
+        assert 0 < kept["seconds"] < 100
 
 
 @pytest.mark.slow
 def test_a_model_gives_the_results_back(phantom_run):
-    model, about = predict.load_model(phantom_run / "fedgin-1-1-seed2.pt", CPU)
+    model, about = predict.load_model(phantom_run / "fedgin-1-1-p1-seed2.pt", CPU)
     case = hospitals(2)[0].test[0]
     labels = predict.segment(model, case.image, about["patch"], case.labels.shape)
     [saved] = [
         r["scores"]
         for r in json.loads((phantom_run / "results.json").read_text())["results"]
-        if (r["arm"], r["seed"], r["case"]) == ("fedgin 1:1", 2, case.id) and r["modality"] == "mri"
+        if (r["arm"], r["seed"], r["hospital"], r["case"]) == ("fedgin 1:1 p=1", 2, "mri", case.id)
     ]
     spacing = (SPACING,) * 3
     assert score_case(labels, case.labels, about["organs"], spacing, tolerance=SPACING) == saved
@@ -127,7 +151,11 @@ def test_a_model_is_that_of_the_round_with_the_best_validation(phantom_run):
     """Its validation Dice, computed anew, is the highest in the history of its training."""
     saved = torch.load(phantom_run / "mri-only-seed1.pt", weights_only=True)
     history = json.loads((phantom_run / "results.json").read_text())["history"]
-    dices = {row[2]: row[4] for row in history if row[:2] == [1, "mri-only"]}
+    dices = {
+        row["round"]: row["val_dice_mri"]
+        for row in history
+        if (row["seed"], row["arm"]) == (1, "mri-only")
+    }
     assert saved["val_dice"] == max(dices.values()) == dices[saved["round"]]
     model, about = predict.load_model(phantom_run / "mri-only-seed1.pt", CPU)
     by_organ = {organ: [] for organ in range(1, 6)}
@@ -153,10 +181,9 @@ def test_pictures_of_a_run(phantom_run, tmp_path):
 def test_the_same_command_twice_is_bit_identical(tmp_path):
     for name in ("a", "b"):
         assert command("--out", tmp_path / name, "--rounds", 1, "--arms", "fl", "fedgin") == 0
-    for arm in ("fl", "fedgin"):
-        assert_equal(*(weights(tmp_path / name / f"{arm}.pt") for name in "ab"))
-    assert (tmp_path / "a/results.json").read_text() == (tmp_path / "b/results.json").read_text()
-    assert differ(weights(tmp_path / "a/fl.pt"), weights(tmp_path / "a/fedgin.pt"))
+    assert_same(*(outcome(tmp_path / name) for name in "ab"))
+    fl, fedgin = (weights(tmp_path / "a" / f"{n}-seed42.pt") for n in ("fl-1-5", "fedgin-1-5-p1"))
+    assert differ(fl, fedgin)
 
 
 @pytest.fixture
@@ -189,9 +216,13 @@ def test_a_run_goes_on_where_it_stopped_and_is_never_begun_anew(
     assert "ct: 12 cases to train, 4 to validate, 8 to test" in shown.out
     assert "no validation case holds an organ" not in shown.out
     assert shown.out.endswith(f"Everything is in {tmp_path}/calm/\n")
-    assert "fl, seed 1: 100%|██████████| 3/3 " in shown.err
-    last = rf"3/3 .*round/s, loss={quick.rates[-1]:.3g}, val_mri=0\.\d+\]"
-    assert re.search(f"mri-only, seed 1: .*{last}", shown.err)
+    lines = shown.err.splitlines()
+    assert len(lines) == 3 + 3
+    line = r"arm 1 of 2 \(fl 1:5\), round 3 of 3: loss 0.00, MRI 0\.\d\d, CT 0\.\d\d; 00:\d\d left"
+    assert re.fullmatch(line, lines[2])
+    assert re.fullmatch(
+        r"arm 2 of 2 \(mri-only\), round 1 of 3: loss 0.00, MRI 0\.\d\d; .*", lines[3]
+    )
 
     quick.rates.clear()
     quick.fails_at = 8
@@ -202,35 +233,30 @@ def test_a_run_goes_on_where_it_stopped_and_is_never_begun_anew(
     quick.fails_at = 0
     assert command(*args, tmp_path / "out", "--resume") == 0
     assert len(quick.rates) == 2
-    assert "mri-only, seed 1: 100%|██████████| 3/3 " in capsys.readouterr().err
+    [line, _] = capsys.readouterr().err.splitlines()
+    assert line.startswith("arm 2 of 2 (mri-only), round 2 of 3: ")
     assert_same(outcome(tmp_path / "calm"), outcome(tmp_path / "out"))
 
     monkeypatch.setattr(fedgin, "load_hospitals", lambda _: pytest.fail("scans are read"))
     assert command(*args, tmp_path / "out") == 2
-    assert "holds a run; --resume continues it" in capsys.readouterr().err
+    assert "holds a run; --resume continues or extends it" in capsys.readouterr().err
 
 
 def test_a_run_says_that_nothing_could_be_validated(tmp_path, quick, monkeypatch, capsys):
     monkeypatch.setattr(fedgin, "validate", lambda *_: torch.zeros(2, 1, 5))
     assert command("--arms", "mri-only", "--rounds", 3, "--out", tmp_path) == 0
-    assert "mri-only: no validation case holds an organ; the last" in capsys.readouterr().out
-    assert torch.load(tmp_path / "mri-only.pt", weights_only=True)["round"] == 3
+    assert "mri-only: no validation case holds an organ; the last" in capsys.readouterr().err
+    assert torch.load(tmp_path / "mri-only-seed42.pt", weights_only=True)["round"] == 3
 
 
 def test_gin_probability_0_is_fl(tmp_path):
     args = ["--out", tmp_path, "--rounds", 1, "--arms", "fl", "fedgin", "--gin-probability", 0]
     assert command(*args) == 0
-    assert_equal(weights(tmp_path / "fl.pt"), weights(tmp_path / "fedgin.pt"))
+    names = "fl-1-5-seed42.pt", "fedgin-1-5-p0-seed42.pt"
+    assert_equal(*(weights(tmp_path / name) for name in names))
 
 
 # ------------------------------------------------------------------------------- who trains on what
-
-
-def test_scenarios():
-    limited = ("mri-only", "fl", "fedgin", "centralized+gin")
-    assert config("--scenario", "limited").arms == limited
-    assert config("--scenario", "complete").arms == ("mri-only", "ct-only", *limited[1:])
-    assert config("--scenario", "complete", "--arms", "ct-only").arms == ("ct-only",)
 
 
 @pytest.mark.parametrize("flag", ["--scenario", "--arms", "--ratios"])
@@ -244,7 +270,8 @@ def test_other_choices_are_refused(flag, capsys):
 def test_arms_differ_by_gin_alone(with_gin):
     """Each has a twin that trains on the same patches, untransformed."""
     plain = {"fedgin": "fl"}.get(with_gin, with_gin.removesuffix("+gin"))
-    sides = [fedgin.make_clients(config(), 1, arm, hospitals(1), CPU) for arm in (plain, with_gin)]
+    both = (ARMS[name]._replace(ratio=5) for name in (plain, with_gin))
+    sides = [fedgin.make_clients(config(), 1, arm, hospitals(1), CPU) for arm in both]
     assert sides[0].keys() == sides[1].keys()
     for name, client in sides[0].items():
         found, redrawn = list(client.batches(1)), list(sides[1][name].batches(1))
@@ -255,78 +282,10 @@ def test_arms_differ_by_gin_alone(with_gin):
             assert torch.equal(others, gin(images, generator=drawn))
 
 
-def test_arms_and_ratios():
-    mri_and_ct = hospitals(1)
-
-    def shares(label, *args):
-        chosen = fedgin.choose_cases(config(*args), label, mri_and_ct)
-        return {name: (len(cases), steps) for name, (cases, steps) in chosen.items()}
-
-    assert shares("mri-only") == shares("mri-only+gin") == {"mri": (2, 2)}
-    assert shares("ct-only") == {"ct": (10, 2)}
-    assert shares("fedgin") == shares("fl") == {"mri": (2, 2), "ct": (10, 2)}
-    assert shares("centralized") == shares("centralized+gin") == {"pooled": (12, 4)}
-    assert shares("fl 1:2", "--ratios", "1:1", "1:2") == {"mri": (2, 2), "ct": (4, 2)}
-    assert shares("fl", "--ratios", "all") == {"mri": (2, 2), "ct": (12, 2)}
-    assert shares("fl", "--mri-cases", 1) == {"mri": (1, 2), "ct": (5, 2)}
-    assert shares("fl", "--scenario", "complete") == {"mri": (12, 2), "ct": (12, 2)}
-
-
-def test_a_pool_holds_the_cases_that_the_hospitals_would_train_on():
-    by_hospital = fedgin.choose_cases(config(), "fl", hospitals(1))
-    [(pool, _)] = fedgin.choose_cases(config(), "centralized", hospitals(1)).values()
-    expected = [(case.modality, case.id) for cases, _ in by_hospital.values() for case in cases]
-    assert [(case.modality, case.id) for case in pool] == expected
-
-
-def test_ratios_stand_behind_the_arms_that_differ_by_them():
-    arms = ["--arms", "mri-only", "fl"]
-    assert fedgin.run_labels(config(*arms)) == ["mri-only", "fl"]
-    labels = fedgin.run_labels(config(*arms, "--ratios", "1:1", "all"))
-    assert labels == ["mri-only", "fl 1:1", "fl all"]
-    assert fedgin.run_labels(config(*arms, "--scenario", "complete")) == ["mri-only", "fl"]
-
-
-def test_a_ratio_is_that_of_the_mri_cases_there_are():
-    mri, ct = hospitals(1)
-    few = [mri._replace(train=mri.train[:2]), mri._replace(name="b", train=mri.train[2:3]), ct]
-    chosen = fedgin.choose_cases(config("--mri-cases", 5, "--ratios", "1:2"), "fl", few)
-    assert {name: len(cases) for name, (cases, _) in chosen.items()} == {"mri": 2, "b": 1, "ct": 6}
-
-
-def test_cases_come_from_the_hospitals_in_turns():
-    settings = config("--mri-cases", 3, "--ratios", "1:1")
-    mri, ct = hospitals(1)
-    small = mri._replace(name="small", train=mri.train[5:6])
-    chosen = fedgin.choose_cases(settings, "fl", [mri, small, ct])
-    ids = {name: [case.id for case in cases] for name, (cases, _) in chosen.items()}
-    assert ids == {
-        "mri": ["phantom00", "phantom01"],
-        "small": ["phantom05"],
-        "ct": ["phantom00", "phantom01", "phantom02"],
-    }
-    _, steps = fedgin.choose_cases(settings, "centralized", [mri, small, ct])["pooled"]
-    assert steps == 6
-
-
-def test_an_arm_without_cases_is_refused():
-    only_mri, only_ct = hospitals(1)[:1], hospitals(1)[1:]
-    with pytest.raises(DataError, match="arm fl needs CT training cases .* --ct"):
-        fedgin.check_arm("fl", only_mri)
-    with pytest.raises(DataError, match="arm mri-only needs MRI training cases .* --mri"):
-        fedgin.check_arm("mri-only", only_ct)
-    with pytest.raises(DataError, match="arm fedgin needs MRI training cases"):
-        fedgin.check_arm("fedgin 1:2", [only_mri[0]._replace(train=[]), *only_ct])
-    fedgin.check_arm("mri-only+gin", only_mri)
-    fedgin.check_arm("ct-only", only_ct)
-    [(cases, _)] = fedgin.choose_cases(config(), "ct-only", only_ct).values()
-    assert len(cases) == 10
-
-
 def test_clients_count_the_cases_that_they_train_on():
-    clients = fedgin.make_clients(config(), 1, "fedgin", hospitals(1), CPU)
+    clients = fedgin.make_clients(config(), 1, arm("fedgin 1:5 p=1"), hospitals(1), CPU)
     assert {name: client.n_k for name, client in clients.items()} == {"mri": 2, "ct": 10}
-    clients = fedgin.make_clients(config(), 1, "centralized", hospitals(1), CPU)
+    clients = fedgin.make_clients(config(), 1, arm("centralized+gin 1:5 p=1"), hospitals(1), CPU)
     assert {name: client.n_k for name, client in clients.items()} == {"pooled": 12}
     assert len(list(clients["pooled"].batches(1))) == 4
 
@@ -334,14 +293,14 @@ def test_clients_count_the_cases_that_they_train_on():
 # ----------------------------------------------------------------------------------- batches, draws
 
 
-def draw_batches(name="mri", seed=1, gin=False, round_=1, cases=None, *args):
+def draw_batches(name="mri", seed=1, p=0.0, round_=1, cases=None, *args):
     cases = cases or hospitals(1)[0].train[:2]
-    return list(fedgin.batches(config(*args), seed, name, cases, 3, gin, CPU, round_))
+    return list(fedgin.batches(config(*args), seed, name, cases, 3, p, CPU, round_))
 
 
 def test_batches_are_patches_of_the_cases_on_the_device():
     cases = hospitals(1)[0].train[:2]
-    found = draw_batches("mri", 1, False, 1, cases, "--patch", "16", "--batch-size", "3")
+    found = draw_batches("mri", 1, 0, 1, cases, "--patch", "16", "--batch-size", "3")
     assert len(found) == 3
     for images, (labels, labelled) in found:
         assert (images.shape, images.dtype) == ((3, 1, 16, 16, 16), torch.float32)
@@ -363,8 +322,7 @@ def test_batches_say_which_organs_are_labelled():
 @pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
 def test_gin_redraws_a_share_p_of_the_images_and_nothing_else(p):
     cases = hospitals(1)[0].train[:2]
-    args = ["--gin-probability", p, "--batch-size", 8]
-    redrawn = draw_batches("mri", 1, True, 1, cases, *args)
+    redrawn = draw_batches("mri", 1, p, 1, cases, "--batch-size", 8)
     plain = data.patches(cases, 32, 8, 3, data.generator(1, 1, "mri", "patches"))
     layer, share = GIN(p, generator=data.generator(1, 1, "mri", "gin")), []
     for (found, (labels, _)), (images, target, _) in zip(redrawn, plain, strict=True):
@@ -387,22 +345,22 @@ def test_validation_and_test_see_the_scans_as_they_are(monkeypatch):
     seen = []
     monkeypatch.setattr(fedgin, "UNet3D", Network)
     everyone, settings = hospitals(1), config("--rounds", 1)
-    [state] = fedgin.train_arm(settings, fedgin.new_state(1, "fedgin"), everyone, CPU)
+    [state] = fedgin.train_arm(settings, fedgin.new_state(1, "fedgin 1:5 p=1"), everyone, CPU)
     assert set(seen) == {case.image.tobytes() for h in everyone for case in h.val}
     seen.clear()
-    fedgin.test(settings, fedgin.make_model(settings, 1, CPU, state["weights"]), everyone)
+    list(fedgin.test(settings, fedgin.make_model(settings, 1, CPU, state["weights"]), everyone))
     assert set(seen) == {case.image.tobytes() for h in everyone for case in h.test}
 
 
-@pytest.mark.parametrize("gin", [False, True])
-def test_batches_depend_on_seed_round_and_hospital_alone(gin):
+@pytest.mark.parametrize("p", [0, 1])
+def test_batches_depend_on_seed_round_and_hospital_alone(p):
     def first(*args):
         return draw_batches(*args)[0][0]
 
-    same = first("mri", 1, gin, 1)
+    same = first("mri", 1, p, 1)
     torch.rand(3)
-    assert torch.equal(first("mri", 1, gin, 1), same)
-    for other in (("mri", 2, gin, 1), ("mri", 1, gin, 2), ("ct", 1, gin, 1)):
+    assert torch.equal(first("mri", 1, p, 1), same)
+    for other in (("mri", 2, p, 1), ("mri", 1, p, 2), ("ct", 1, p, 1)):
         assert not torch.equal(first(*other), same)
 
 
@@ -445,7 +403,7 @@ def test_the_learning_rate_falls_by_a_polynomial(monkeypatch):
     monkeypatch.setattr(fedgin, "train_locally", train)
     monkeypatch.setattr(fedgin, "validate", lambda *_: torch.ones(2, 2, 5))
     settings = config("--rounds", 10, "--lr", 0.02)
-    list(fedgin.train_arm(settings, fedgin.new_state(1, "fl"), hospitals(1), CPU))
+    list(fedgin.train_arm(settings, fedgin.new_state(1, "fl 1:5"), hospitals(1), CPU))
     assert rates[::2] == rates[1::2]  # both hospitals'
     assert rates[::2] == pytest.approx([0.02 * (1 - t / 10) ** 0.9 for t in range(10)])
 
@@ -458,7 +416,7 @@ def test_a_loss_ten_times_that_of_chance_is_refused(losses, explodes, monkeypatc
     found = itertools.cycle(losses)
     monkeypatch.setattr(fedgin, "train_locally", lambda *_, **__: next(found))
     monkeypatch.setattr(fedgin, "validate", lambda *_: torch.ones(2, 2, 5))
-    trained = fedgin.train_arm(config(), fedgin.new_state(1, "fl"), hospitals(1), CPU)
+    trained = fedgin.train_arm(config(), fedgin.new_state(1, "fl 1:5"), hospitals(1), CPU)
     if explodes:
         with pytest.raises(FloatingPointError, match="round 1: .* exploded; a lower --lr"):
             next(trained)
@@ -467,18 +425,20 @@ def test_a_loss_ten_times_that_of_chance_is_refused(losses, explodes, monkeypatc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arm", ["fl", "fedgin"])
-def test_training_learns(arm):
+@pytest.mark.parametrize("label", ["fl", "fedgin p=1"])
+def test_training_learns(label):
     """Livers, in five rounds: validation Dice from a tenth to about a half, and less loss."""
     everyone = [
         h._replace(train=h.train[:4], val=h.val[:2]) for h in hospitals(1, "--organs", "liver")
     ]
     args = ["--organs", "liver", "--scenario", "complete", "--width", 4, "--depth", 3]
     settings = config(*args, "--rounds", 5, "--local-steps", 10, "--lr", 0.01)
-    sums = fedgin.validate(settings, fedgin.make_model(settings, 1, CPU), everyone, ("mri", "ct"))
+    cases = validation_cases(1, everyone)
+    sums = fedgin.validate(settings, fedgin.make_model(settings, 1, CPU), cases, ("mri", "ct"))
     untrained = fedgin.mean_dice(sums, ("mri", "ct"))
-    *_, state = fedgin.train_arm(settings, fedgin.new_state(1, arm), everyone, CPU)
-    losses, mri, ct = zip(*(row[3:] for row in state["history"]), strict=True)
+    *_, state = fedgin.train_arm(settings, fedgin.new_state(1, label), everyone, CPU)
+    columns = ("loss", "val_dice_mri", "val_dice_ct")
+    losses, mri, ct = ([row[column] for row in state["history"]] for column in columns)
     assert losses[-1] < 0.75 * losses[0]
     assert max(mri) > untrained["mri"] + 0.2
     assert max(ct) > untrained["ct"] + 0.3
@@ -504,7 +464,7 @@ def test_class_weights_and_loss_by_hand():
     labels[0, 0] = 1  # a share of 4 in 16
     settings = config("--organs", "liver", "--scenario", "complete")
     hospital = Hospital("mri", "mri", [small_case(labels, [True] * 2)], [], [])
-    loss = fedgin.make_clients(settings, 1, "mri-only", [hospital], CPU)["mri"].loss_function
+    loss = fedgin.make_clients(settings, 1, ARMS["mri-only"], [hospital], CPU)["mri"].loss_function
     logits = torch.randn(1, 2, 2, 2, 4, generator=torch.Generator().manual_seed(0))
     p = torch.softmax(logits, 1)[0]
     weight = {0: (16 / 12) ** 0.5, 1: (16 / 4) ** 0.5}
@@ -546,7 +506,7 @@ def test_a_pools_weights_are_those_of_all_its_cases():
     pair = [Hospital("a", "mri", cases[:2], [], []), Hospital("b", "ct", cases[2:], [], [])]
 
     def weight(label):
-        clients = fedgin.make_clients(settings, 1, label, pair, CPU)
+        clients = fedgin.make_clients(settings, 1, ARMS[label], pair, CPU)
         return {k: c.loss_function.keywords["weight"].tolist() for k, c in clients.items()}
 
     assert weight("centralized")["pooled"] == pytest.approx([24**-0.5, 8**-0.5])
@@ -607,7 +567,7 @@ def test_a_pool_may_mix_what_its_hospitals_label(known):
         )
     args = ["--organs", "liver", "spleen", "pancreas", "--scenario", "complete", "--depth", 1]
     args += ["--patch", 4, "--batch-size", 4]
-    clients = fedgin.make_clients(config(*args), 1, "centralized", pair, CPU)
+    clients = fedgin.make_clients(config(*args), 1, ARMS["centralized"], pair, CPU)
     counts = sum(hospital.train[0].counts for hospital in pair)
     weight = 1 / np.sqrt(np.maximum(counts, 1))
     mixed = False
@@ -659,10 +619,10 @@ def test_validation_is_the_mean_over_organs_of_the_means_over_cases(halved):
     false_alarm = liver._replace(image=labels_of(1, 3).astype(np.float32))
     mri = Hospital("a", "mri", [nothing], [both, liver], [])
     more = Hospital("b", "mri", [false_alarm], [], [])
-    tested = Hospital("c", "", [], [both], [both])
     ct = Hospital("d", "ct", [], [nothing], [])
-    everyone = [mri, more, tested, ct]
-    sums = fedgin.validate(settings, nn.Identity(), everyone, ("mri", "ct"))
+    ct_case = nothing._replace(modality="ct")
+    cases = validation_cases(1, [mri, more, ct._replace(val=[ct_case])])
+    sums = fedgin.validate(settings, nn.Identity(), cases, ("mri", "ct"))
     assert sums.tolist() == [
         [[3, pytest.approx(2 / 3, rel=1e-12), 0], [0, 0, 0]],
         [[3, 1, 0], [0, 0, 0]],
@@ -671,7 +631,7 @@ def test_validation_is_the_mean_over_organs_of_the_means_over_cases(halved):
     means = fedgin.mean_dice(sums, ("mri", "ct"))
     assert means["mri"] == pytest.approx((1 + 2 / 3) / 2)
     assert math.isnan(means["ct"])
-    only_ct = fedgin.validate(settings, nn.Identity(), everyone, ("ct",))
+    only_ct = fedgin.validate(settings, nn.Identity(), [ct_case], ("ct",))
     assert only_ct.tolist() == [[[0, 0, 0]], [[0, 0, 0]]]
 
 
@@ -680,7 +640,7 @@ def keep_rounds(arm, dices, losses):
     model, states = nn.Linear(1, 1, bias=False), [fedgin.new_state(7, arm)]
     for round_, val_dice in enumerate(dices, start=1):
         nn.init.constant_(model.weight, round_)
-        states.append(fedgin.keep_round(states[-1], model, round_, losses, val_dice))
+        states.append(fedgin.keep_round(states[-1], model, losses, val_dice, round_ / 8))
     return states
 
 
@@ -693,10 +653,30 @@ def test_the_best_weights_are_those_of_the_best_mean_over_modalities():
     assert [state["best"]["round"] for state in states] == [0, 1, 2, 2, 2, 2]
     assert states[-1]["best"]["val_dice"] == pytest.approx(0.3)
     assert states[-1]["best"]["weights"]["weight"].item() == 2
-    assert states[-1]["history"][1] == [7, "fl", 2, 1.5, 0.4, 0.2]
+    row = {"seed": 7, "arm": "fl", "round": 2, "seconds": 0.25, "loss": 1.5}
+    row |= {"val_dice_mri": 0.4, "val_dice_ct": 0.2, "loss mri": 1.0, "loss ct": 2.0}
+    assert states[-1]["history"][1] == row
     assert len(states[-1]["history"]) == 5
     [_, alone] = keep_rounds("ct-only", [{"ct": 0.5}], {"ct": 0.5})
-    assert alone["history"] == [[7, "ct-only", 1, 0.5, "", 0.5]]
+    row = {"seed": 7, "arm": "ct-only", "round": 1, "seconds": 0.12, "loss": 0.5}
+    assert alone["history"] == [row | {"val_dice_mri": "", "val_dice_ct": 0.5, "loss ct": 0.5}]
+
+
+def test_a_round_without_validation_keeps_the_best_weights_so_far():
+    dices = [{}, {"mri": 0.4}, {}, {"mri": math.nan}, {}]
+    states = keep_rounds("mri-only", dices, {"mri": 1.0})
+    assert [state["best"]["round"] for state in states] == [0, 0, 2, 2, 4, 4]
+    assert states[1]["best"]["weights"] is None
+    assert [row["val_dice_mri"] for row in states[3]["history"]] == ["", 0.4, ""]
+
+
+def test_validation_comes_every_few_rounds_and_after_the_last(monkeypatch):
+    monkeypatch.setattr(fedgin, "train_locally", lambda *_, **__: 0.5)
+    monkeypatch.setattr(fedgin, "validate", lambda *_: torch.ones(2, 2, 5))
+    settings = config("--rounds", 8, "--val-every", 3)
+    *_, state = fedgin.train_arm(settings, fedgin.new_state(1, "fl 1:5"), hospitals(1), CPU)
+    validated = [row["round"] for row in state["history"] if row["val_dice_mri"] != ""]
+    assert validated == [3, 6, 8]
 
 
 def test_a_modality_that_cannot_be_validated_does_not_count():
@@ -709,13 +689,16 @@ def test_an_arm_goes_on_in_the_round_in_which_it_stopped():
     settings = config("--rounds", 4)
     everyone = hospitals(1)
     train = functools.partial(fedgin.train_arm, settings, hospitals=everyone, device=CPU)
-    states = list(train(fedgin.new_state(1, "fedgin")))
+    states = list(train(fedgin.new_state(1, "fedgin 1:5 p=1")))
     assert [state["round"] for state in states] == [1, 2, 3, 4]
     again = list(train(states[1]))
     assert [state["round"] for state in again] == [3, 4]
     assert_equal(again[-1]["weights"], states[-1]["weights"])
     assert_equal(again[-1]["best"]["weights"], states[-1]["best"]["weights"])
-    assert again[-1]["history"] == states[-1]["history"]
+    timeless = [
+        [row | {"seconds": 0} for row in state["history"]] for state in (again[-1], states[-1])
+    ]
+    assert timeless[0] == timeless[1]
     assert list(train(states[-1])) == []
 
 
@@ -767,7 +750,7 @@ def test_what_is_left_out_is_listed_a_line_each(tmp_path, ct_folder, mri_folder,
         "case_001_0000.nii.gz",
         "case_002_0000.nii.gz",
     ]
-    assert any(line.startswith("fl:  ") and line.endswith("mri 2, ct_set 2") for line in lines)
+    assert any(line.startswith("fl 1:5:  ") and line.endswith("mri 2, ct_set 2") for line in lines)
 
 
 # ---------------------------------------------------------------------------------------- bad input
@@ -796,7 +779,7 @@ def test_bad_scans_take_one_line_and_leave_nothing(tmp_path, ct_folder, capsys):
 
 def test_a_diverging_run_ends_with_exit_code_1(tmp_path, capsys):
     assert command("--lr", 1e30, "--arms", "fl", "--out", tmp_path / "out") == 1
-    assert "seed 42, arm fl: round 1, hospital mri: " in capsys.readouterr().err
+    assert "seed 42, arm fl 1:5: round 1, hospital mri: " in capsys.readouterr().err
 
 
 def test_a_bug_in_the_network_is_not_swallowed(tmp_path, monkeypatch, capsys):
@@ -806,7 +789,7 @@ def test_a_bug_in_the_network_is_not_swallowed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(UNet3D, "forward", forward)
     with pytest.raises(AttributeError, match="no such layer") as caught:
         command("--arms", "fl", "--out", tmp_path / "out")
-    assert caught.value.__notes__ == ["round 1, hospital mri", "seed 42, arm fl"]
+    assert caught.value.__notes__ == ["round 1, hospital mri", "seed 42, arm fl 1:5"]
     assert "the run failed" not in capsys.readouterr().err
 
 
@@ -974,7 +957,7 @@ def test_memory_and_losses(broken, message, scans, tmp_path, monkeypatch, capsys
 
     monkeypatch.setattr(UNet3D, "forward", sometimes)
     After(monkeypatch, 2, lambda: sick.append(True))
-    message = ["seed 42, arm fl: ", "round 3", *message]
+    message = ["seed 42, arm fl 1:5: ", "round 3", *message]
     fails_then_resumes(args, calm, tmp_path, capsys, message, sick.clear)
 
 
@@ -991,7 +974,10 @@ def test_more_arms_and_more_threads_change_nothing_in_the_others(tmp_path, monke
     monkeypatch.setattr(data.os, "sched_getaffinity", lambda _: {0, 1, 2})
     arms = ["--arms", "mri-only", "centralized+gin", "fedgin"]
     assert tiny.command(*args, "--out", tmp_path / "two/out", *arms) == 0
-    a, b = (torch.load(tmp_path / x / "out/fedgin.pt", weights_only=True) for x in ("one", "two"))
+    a, b = (
+        torch.load(tmp_path / x / "out/fedgin-1-5-p1-seed42.pt", weights_only=True)
+        for x in ("one", "two")
+    )
     assert_equal(a["weights"], b["weights"])
     assert a["val_dice"] == b["val_dice"]
 
@@ -1004,7 +990,7 @@ def test_what_a_modality_without_organs_shows_does_not_choose_the_weights():
     state = fedgin.new_state(1, "fl")
     for round_, (mri, ct) in enumerate([(math.nan, 0.95), (math.nan, 0.30)], start=1):
         model = torch.nn.Linear(1, 1)
-        state = fedgin.keep_round(state, model, round_, {"a": 1.0}, {"mri": mri, "ct": ct})
+        state = fedgin.keep_round(state, model, {"a": 1.0}, {"mri": mri, "ct": ct}, round_)
     assert (state["best"]["round"], state["best"]["val_dice"]) == (1, 0.95)
 
 
@@ -1012,14 +998,13 @@ def test_a_false_positive_does_not_make_an_organ_scorable(monkeypatch):
     settings = config("--organs", "liver")
     empty = small_case(np.zeros((4, 4, 4), np.uint8), [True, True])
     held = small_case(np.ones((4, 4, 4), np.uint8), [True, True])
-    mri = Hospital("mri", "mri", [empty], [empty], [])
-    ct = Hospital("ct", "ct", [held], [held, empty], [])
+    cases = [empty, held._replace(modality="ct"), empty._replace(modality="ct")]
     for prediction in (0, 1):
         monkeypatch.setattr(
             fedgin, "segment", lambda *_, p=prediction: np.full((4, 4, 4), p, np.uint8)
         )
         found = fedgin.mean_dice(
-            fedgin.validate(settings, None, [mri, ct], ["mri", "ct"]), ["mri", "ct"]
+            fedgin.validate(settings, None, cases, ["mri", "ct"]), ["mri", "ct"]
         )
         assert math.isnan(found["mri"])
         assert found["ct"] == prediction
@@ -1029,13 +1014,6 @@ def test_where_nothing_can_be_scored_the_last_weights_are_kept():
     state = fedgin.new_state(1, "fl")
     for round_ in (1, 2, 3):
         model = torch.nn.Linear(1, 1)
-        state = fedgin.keep_round(state, model, round_, {"a": 1.0}, {"mri": math.nan})
+        state = fedgin.keep_round(state, model, {"a": 1.0}, {"mri": math.nan}, round_)
     assert state["best"]["round"] == 3
     assert torch.equal(state["best"]["weights"]["weight"], model.weight)
-
-
-def test_the_title_says_what_was_trained():
-    mri_and_ct = hospitals(1)
-    settings = config("--ratios", "1:1", "1:5", "--mri-cases", 3)
-    assert fedgin.shares_by_ratio(settings, mri_and_ct) == "1:1 (3 : 3 cases), 1:5 (3 : 12 cases)"
-    assert fedgin.shares_by_ratio(config("--scenario", "complete"), mri_and_ct) == ""

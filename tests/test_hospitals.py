@@ -25,9 +25,9 @@ def run(*args):
 
 
 def on_phantoms(seed, **settings):
-    by_seed, left_out = load_hospitals(Config(seeds=(seed,), **settings))
-    assert left_out == []
-    return by_seed[seed]
+    by_seed, notes = load_hospitals(Config(seeds=(seed,), **settings))
+    assert notes == []
+    return [hospital for hospital in by_seed[seed] if hospital.modality]
 
 
 def on_scans(out, **settings):
@@ -83,8 +83,19 @@ def test_organs_are_renumbered():
 def test_each_seed_has_phantoms_of_its_own():
     by_seed, _ = load_hospitals(Config(seeds=(1, 2)))
     assert list(by_seed) == [1, 2]
-    for seed, (mri, _) in by_seed.items():
+    for seed, (mri, _, other) in by_seed.items():
         np.testing.assert_array_equal(mri.test[7].labels, phantom(seed, "mri", 23)[1])
+        np.testing.assert_array_equal(other.test[8].labels, phantom(seed, "ct", 16, "other")[1])
+
+
+def test_phantoms_of_another_scanner_are_tested_on_only():
+    *_, other = load_hospitals(Config(seeds=(1,)))[0][1]
+    assert (other.name, other.modality, other.train, other.val) == ("other-scanner", "", [], [])
+    assert [case.modality for case in other.test] == ["mri"] * 8 + ["ct"] * 8
+    for case, index in zip(other.test, [*range(16, 24)] * 2, strict=True):
+        image, labels = phantom(1, case.modality, index, "other")
+        np.testing.assert_array_equal(case.image, normalize(image, case.modality))
+        np.testing.assert_array_equal(case.labels, labels)
 
 
 # ------------------------------------------------------------------------------------------- scans
@@ -379,6 +390,6 @@ def test_scans_without_any_organ_are_tested_on_only(tmp_path, mri_folder):
         ["s0005"],
     ]
     assert left_out == [
-        "ct, train: 1 scans without any organ",
-        "ct, val: 1 scans without any organ",
+        "left out: ct, train: 1 scans without any organ",
+        "left out: ct, val: 1 scans without any organ",
     ]

@@ -203,7 +203,7 @@ def three_ranks(tmp_path_factory, sites):
 
 
 def weights(out):
-    return torch.load(out / "fedgin.pt", weights_only=True)["weights"]
+    return torch.load(out / "fedgin-p1-seed42.pt", weights_only=True)["weights"]
 
 
 def assert_close(found, expected):
@@ -252,7 +252,7 @@ def test_the_history_has_everybodys_dice_and_rank_0s_own_loss(three_ranks, one_p
 
 @pytest.mark.slow
 def test_each_rank_keeps_what_is_its_own(three_ranks, sites):
-    files = ["config.json", "fedgin.pt", "lock", "results.json", "results.md"]
+    files = ["config.json", "fedgin-p1-seed42.pt", "lock", "results.json", "results.md"]
     ids = {"north": "case_", "south": "s0", "west": "s0"}
     for rank, name in zip(three_ranks, ids, strict=True):
         found = {str(p.relative_to(rank.out)) for p in rank.out.rglob("*") if p.is_file()}
@@ -639,8 +639,8 @@ def assert_equal(a, b):
 def test_rank_0_tells_all_where_the_training_stands():
     last, best, *own = some_models(5)
     stopped = fedgin.new_state(1, "fedgin")
-    stopped = fedgin.keep_round(stopped, best, 1, {"mri": 1.0}, {"mri": 0.5})
-    stopped = fedgin.keep_round(stopped, last, 2, {"mri": 1.0}, {"mri": 0.2})
+    stopped = fedgin.keep_round(stopped, best, {"mri": 1.0}, {"mri": 0.5}, 1.0)
+    stopped = fedgin.keep_round(stopped, last, {"mri": 1.0}, {"mri": 0.2}, 1.0)
 
     def hear(peers):
         state = stopped if peers.rank == 0 else fedgin.new_state(1, "fedgin")

@@ -38,7 +38,7 @@ TINY += ["--patch", "32", "--width", "2", "--depth", "2"]
 def checkpoint(tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "out"
     assert fedgin.main([*TINY, "--arms", "fl", "--out", str(out)]) == 0
-    return out / "fl.pt"
+    return out / "fl-1-5-seed42.pt"
 
 
 def run(checkpoint, images, out, *args):
@@ -210,7 +210,9 @@ def test_predictions_lie_on_the_scans_own_grid(checkpoint, tmp_path, capsys):
         save(path, np.transpose(np.asarray(nibabel.load(path).dataobj), order)[5:], affine)
     assert run(checkpoint, tmp_path / "scans", tmp_path / "out") == 0
     shown = capsys.readouterr().out
-    assert "| fl " in shown
+    assert "| fl-1-5-seed42 |" in shown
+    assert f"{checkpoint} segments liver, kidneys, spleen, pancreas, gallbladder" in shown
+    assert "WARNING: it was trained on PHANTOMS" in shown
     assert f"2 of 2 scans segmented, in {tmp_path / 'out'}" in shown
     ids = json.loads((tmp_path / "out/labels.json").read_text())
     assert ids == {"background": 0, **{organ: n for n, organ in enumerate(ORGANS, start=1)}}

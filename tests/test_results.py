@@ -21,19 +21,22 @@ from results import check_out, open_run
 from tables import title
 
 ORGANS = ("liver", "spleen")
+LABELS = ("fl", "fedgin p=1")
 HOSPITALS = {"mri": {"splits": {1: {"train": ["a", "b"]}}, "files": {"a": [[3, 4]]}}}
 
 
 @pytest.fixture
 def config(tmp_path):
-    return Config(organs=ORGANS, arms=("fl", "fedgin"), seeds=(1, 2), out=str(tmp_path / "out"))
+    choice = {"scenario": "complete", "arms": ("fl", "fedgin"), "seeds": (1, 2)}
+    return Config(organs=ORGANS, **choice, out=str(tmp_path / "out"))
 
 
 def state(seed, arm, rounds):
     """The state of a training after some rounds, whose weights are the round they are of."""
     weights = {"w": torch.full((2,), float(rounds))}
     best = {"val_dice": 0.5, "round": 1, "weights": {"w": torch.ones(2)}}
-    history = [[seed, arm, n + 1, 1.5, 0.25, ""] for n in range(rounds)]
+    columns = {"loss": 1.5, "val_dice_mri": 0.25, "val_dice_ct": "", f"loss {arm[:2]}": 1.5}
+    history = [{"seed": seed, "arm": arm, "round": n + 1, **columns} for n in range(rounds)]
     training = {"seed": seed, "arm": arm, "round": rounds, "weights": weights}
     return {**training, "best": best, "history": history}
 
@@ -46,7 +49,8 @@ def score(case, **dices):
         else {"outcome": "absent"}
         for organ, d in dices.items()
     }
-    return {"hospital": "mri", "modality": "mri", "case": case, "scores": scores}
+    about = {"hospital": "mri", "scanner": "own", "modality": "mri"}
+    return {**about, "case": case, "scores": scores}
 
 
 def names(folder):
@@ -58,7 +62,7 @@ def names(folder):
 
 def test_a_run_leaves_what_it_promises(config, tmp_path):
     out = tmp_path / "out"
-    trainings = [(seed, arm) for seed in config.seeds for arm in config.arms]
+    trainings = [(seed, arm) for seed in config.seeds for arm in LABELS]
     with open_run(config, HOSPITALS) as run:
         for n, (seed, arm) in enumerate(trainings):
             assert not run.is_finished(seed, arm)
@@ -66,16 +70,19 @@ def test_a_run_leaves_what_it_promises(config, tmp_path):
                 run.keep_round(state(seed, arm, rounds))
                 with (out / "history.csv").open(newline="") as file:
                     rows = list(csv.reader(file))
-                assert ",".join(rows[0]) == "seed,arm,round,loss,val_dice_mri,val_dice_ct"
+                columns = ["seed", "arm", "round", "loss", "val_dice_mri", "val_dice_ct"]
+                assert rows[0] == [*columns, "loss fl", "loss fe"][: 7 + (n > 0)]
                 assert len(rows) == 1 + 2 * n + rounds
-                assert rows[-1] == [str(seed), arm, str(rounds), "1.5", "0.25", ""]
+                others = ["1.5", ""] if arm == "fl" else ["", "1.5"]
+                own = [str(seed), arm, str(rounds), "1.5", "0.25", "", *others]
+                assert rows[-1] == own[: len(rows[0])]
             run.keep_model(state(seed, arm, 2))
             run.finish(state(seed, arm, 2), [score("a", liver=n / 4, spleen=None)])
             assert run.is_finished(seed, arm)
-        report = run.report()
-    models = [f"{arm}-seed{seed}.pt" for seed in (1, 2) for arm in ("fl", "fedgin")]
+        report = run.report("who trained")
+    models = [f"{arm}-seed{seed}.pt" for seed in (1, 2) for arm in ("fl", "fedgin-p1")]
     left = ["config.json", "history.csv", "hospitals/mri.json", "lock", "results.json"]
-    assert names(out) == sorted([*models, *left, "results.md"])
+    assert names(out) == sorted([*models, *left, "results.md", "scores.csv"])
     saved = json.loads((out / "config.json").read_text())
     assert saved["seeds"] == [1, 2]
     assert saved["versions"]["torch"] == torch.__version__
@@ -87,20 +94,27 @@ def test_a_run_leaves_what_it_promises(config, tmp_path):
         (*training, "a") for training in trainings
     ]
     assert found["history"] == [row for t in trainings for row in state(*t, 2)["history"]]
-    assert (out / "results.md").read_text() == f"{report}\n"
-    assert report.splitlines()[0] == title(config)
-    assert "| fl     | 0.250 ± 0.354 |" in report  # liver alone: 0 of seed 1 and 0.5 of seed 2
-    assert "| fedgin | 0.500 ± 0.354 |" in report
-    assert "- fedgin against FL: MRI Dice 0.500 to fl's 0.250 (+100%)" in report
+    assert (out / "results.md").read_text() == f"{report}\n\n    who trained\n"
+    assert report.splitlines()[0] == title(config, found["results"])
+    assert "### Scanners of the hospitals that train: mri\n" in report
+    assert "| fl         | 0.250 ± 0.354 |" in report  # liver alone: 0 of seed 1, 0.5 of seed 2
+    assert "| fedgin p=1 | 0.500 ± 0.354 |" in report
+    with (out / "scores.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 4 * len(ORGANS)
+    assert rows[2] | {"hd95": "", "nsd": ""} == {
+        **{"seed": "1", "arm": "fedgin p=1", "hospital": "mri", "case": "a", "modality": "mri"},
+        **{"organ": "liver", "outcome": "scored", "dice": "0.25", "hd95": "", "nsd": ""},
+    }
 
 
 def test_a_model_is_its_best_weights_and_what_predict_needs(config, tmp_path):
     one_seed = dataclasses.replace(config, seeds=(7,), spacing=9.0, patch=16, width=4, depth=3)
     with open_run(one_seed, HOSPITALS) as run:
         run.keep_model(state(7, "fedgin 1:5", 3))
-    saved = torch.load(tmp_path / "out/fedgin-1-5.pt", weights_only=True)
+    saved = torch.load(tmp_path / "out/fedgin-1-5-seed7.pt", weights_only=True)
     assert saved.pop("weights")["w"].tolist() == [1.0, 1.0]
-    model = {"organs": ORGANS, "spacing": 9.0, "normalization": NORMALIZATION}
+    model = {"organs": ORGANS, "spacing": 9.0, "normalization": NORMALIZATION, "phantoms": True}
     assert saved == {
         "val_dice": 0.5,
         "round": 1,
@@ -116,19 +130,19 @@ def test_a_stopped_run_knows_where_it_stopped(config):
         assert run.checkpoint(1, "fl") == {}
         run.keep_round(state(1, "fl", 2))
         run.finish(state(1, "fl", 2), [score("a", liver=0.5, spleen=0.5)])
-        run.keep_round(state(1, "fedgin", 1))
-        run.keep_round(state(1, "fedgin", 2))
+        run.keep_round(state(1, "fedgin p=1", 1))
+        run.keep_round(state(1, "fedgin p=1", 2))
     with open_run(dataclasses.replace(config, resume=True), HOSPITALS) as run:
         assert run.is_finished(1, "fl")
-        for unfinished in ((1, "fedgin"), (2, "fl"), (2, "fedgin")):
+        for unfinished in ((1, "fedgin p=1"), (2, "fl"), (2, "fedgin p=1")):
             assert not run.is_finished(*unfinished)
-        assert run.checkpoint(1, "fl") == run.checkpoint(2, "fedgin") == {}
-        found, kept = run.checkpoint(1, "fedgin"), state(1, "fedgin", 2)
+        assert run.checkpoint(1, "fl") == run.checkpoint(2, "fedgin p=1") == {}
+        found, kept = run.checkpoint(1, "fedgin p=1"), state(1, "fedgin p=1", 2)
         for holder in (found, found["best"], kept, kept["best"]):
             holder["weights"] = holder["weights"]["w"].tolist()
         assert found == kept
-        run.finish(state(1, "fedgin", 2), [score("a", liver=1.0, spleen=1.0)])
-        assert "| fl     | 0.500" in run.report()  # of the first process
+        run.finish(state(1, "fedgin p=1", 2), [score("a", liver=1.0, spleen=1.0)])
+        assert "| fl         | 0.500" in run.report("")  # of the first process
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
@@ -154,9 +168,12 @@ def test_a_run_is_never_overwritten_unasked(config, tmp_path):
     resumed = dataclasses.replace(config, resume=True)
     check_out(config)
     check_out(resumed)
-    with open_run(config, HOSPITALS):
-        pass
-    with pytest.raises(DataError, match="out: holds a run; --resume continues it, --out"):
+    with open_run(config, HOSPITALS) as run:
+        check_out(config)  # with nothing trained there is nothing to lose
+        run.keep_round(state(1, "fl", 1))
+    with pytest.raises(
+        DataError, match="out: holds a run; --resume continues or extends it, --out"
+    ):
         check_out(config)
     check_out(resumed)
 
@@ -193,13 +210,10 @@ def test_a_finished_arm_has_its_scores_and_its_history(config, tmp_path):
     path.write_text(json.dumps(whole))
     (tmp_path / "out/checkpoint.pt").unlink()
     with open_run(config, tested) as run:  # what is finished needs no checkpoint
-        run.keep_round(state(1, "fedgin", 1))
+        run.keep_round(state(1, "fedgin p=1", 1))
     with (tmp_path / "out/history.csv").open(newline="") as file:
-        assert [row[1:3] for row in csv.reader(file)][1:] == [
-            ["fl", "1"],
-            ["fl", "2"],
-            ["fedgin", "1"],
-        ]
+        rounds = [row[1:3] for row in csv.reader(file)][1:]
+    assert rounds == [["fl", "1"], ["fl", "2"], ["fedgin p=1", "1"]]
 
 
 @pytest.mark.parametrize("content", [[], {}, {"round": 1}, 3, None, "NaN", "round", "history"])
@@ -208,12 +222,12 @@ def test_a_file_of_another_form_is_bad_input(name, content, config, tmp_path):
     with open_run(config, HOSPITALS) as run:
         run.keep_round(state(1, "fl", 2))
         run.finish(state(1, "fl", 2), [])
-        run.keep_round(state(1, "fedgin", 2))
+        run.keep_round(state(1, "fedgin p=1", 2))
     path = tmp_path / "out" / name
     if isinstance(content, str):
         if name != "checkpoint.pt":
             pytest.skip("of checkpoints")
-        kept = state(1, "fedgin", 2)
+        kept = state(1, "fedgin p=1", 2)
         if content == "NaN":
             kept["best"]["weights"]["w"][0] = math.nan
         else:
@@ -223,7 +237,7 @@ def test_a_file_of_another_form_is_bad_input(name, content, config, tmp_path):
         torch.save(content, path)
     else:
         path.write_text(json.dumps(content))
-    message = f"{name}: |holds a run with other"
+    message = f"{name}: |holds a run with other settings"
     with pytest.raises(DataError, match=message), open_run(config, HOSPITALS):
         pytest.fail("went on")
 
@@ -235,38 +249,124 @@ def refused(config, hospitals=HOSPITALS):
 
 
 def test_other_settings_and_other_data_are_refused_by_name(config, tmp_path):
-    with open_run(config, HOSPITALS):
-        pass
+    with open_run(config, HOSPITALS) as run:
+        run.keep_round(state(1, "fl", 1))
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.json")}
     other = dataclasses.replace(config, lr=1e-3, width=4, resume=True, cache="elsewhere")
-    assert refused(other) == "holds a run with other width, lr; choose another --out"
+    start, end = (
+        "holds a run with other settings: ",
+        ". Give its own settings, or choose another --out",
+    )
+    assert refused(other) == f"{start}lr 0.004, now 0.001; width 8, now 4{end}"
+    longer = dataclasses.replace(config, rounds=30)
+    why = "rounds cannot be added, as the learning rate falls to 0 over those planned"
+    assert refused(longer) == f"{start}rounds 20, now 30; {why}{end}"
     [mri] = HOSPITALS.values()
     split = {"mri": mri | {"splits": {1: {"train": ["a", "c"]}}}, "ct": mri}
-    assert refused(config, split) == "holds a run with other splits; choose another --out"
+    assert refused(config, split) == f"{start}mri has other cases, or splits them otherwise{end}"
     changed = {"mri": mri | {"files": {"a": [[3, 5]]}}}
-    assert (
-        refused(other, changed) == "holds a run with other width, lr, files; choose another --out"
-    )
+    assert refused(config, changed) == f"{start}files of mri have changed: a{end}"
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.json")} == before
-    for key, value in (("format", 0), ("lr", None)):
-        saved = json.loads(before[tmp_path / "out/config.json"])
-        (tmp_path / "out/config.json").write_text(json.dumps({**saved, key: value}))
-        assert refused(config) == f"holds a run with other {key}; choose another --out"
+    path = tmp_path / "out/config.json"
+    saved = json.loads(before[path])
+    for key, value, now in (("format", 0, results.FORMAT), ("lr", None, 0.004)):
+        path.write_text(json.dumps({**saved, key: value}))
+        assert refused(config) == f"{start}{key} {value}, now {now}{end}"
     del saved["lr"]
-    (tmp_path / "out/config.json").write_text(json.dumps(saved))
-    assert refused(config) == "holds a run with other lr; choose another --out"
+    path.write_text(json.dumps(saved))
+    assert refused(config) == f"{start}lr None, now 0.004{end}"
+
+
+def test_a_run_that_has_trained_nothing_may_change_its_settings_and_data(config, tmp_path):
+    with open_run(config, HOSPITALS):
+        pass
+    other = dataclasses.replace(config, lr=1e-3, rounds=7)
+    ct = {"ct": HOSPITALS["mri"]}
+    with open_run(other, ct):
+        saved = json.loads((tmp_path / "out/config.json").read_text())
+        assert (saved["lr"], saved["rounds"]) == (1e-3, 7)
+        assert names(tmp_path / "out/hospitals") == ["ct.json"]
+
+
+def test_a_run_is_extended_by_seeds_arms_ratios_and_shares(config, tmp_path):
+    for number, changes in enumerate(
+        (
+            {"seeds": (1,), "arms": ("fl",)},
+            {"seeds": (2,), "arms": ("fl",)},
+            {"seeds": (1,), "arms": ("fedgin",), "gin_probability": (0.5, 1.0)},
+        )
+    ):
+        splits = {seed: {"train": ["a"]} for seed in changes["seeds"]}
+        hospitals = {"mri": {"splits": splits, "files": {f"case{number}": [[1, 2]]}}}
+        arm = ("fl", "fl", "fedgin p=0.5")[number]
+        with open_run(dataclasses.replace(config, resume=True, **changes), hospitals) as run:
+            seed = changes["seeds"][0]
+            assert not run.is_finished(seed, arm)
+            run.keep_round(state(seed, arm, 2))
+            run.finish(state(seed, arm, 2), [score("a", liver=0.5, spleen=0.5)])
+            report = run.report("")
+    saved = json.loads((tmp_path / "out/config.json").read_text())
+    assert (saved["seeds"], saved["arms"]) == ([1, 2], ["fl", "fedgin"])
+    assert saved["gin_probability"] == [1.0, 0.5]
+    mri = json.loads((tmp_path / "out/hospitals/mri.json").read_text())
+    assert mri["splits"] == {"1": {"train": ["a"]}, "2": {"train": ["a"]}}
+    assert list(mri["files"]) == ["case0", "case1", "case2"]
+    assert "seeds 1 2: PHANTOMS" in report
+    assert "| fl           | 0.500 ± 0.000 |" in report
+    assert "| fedgin p=0.5 | 0.500  " in report
+
+
+def test_a_training_that_stopped_must_be_named_again(config):
+    with open_run(config, HOSPITALS) as run:
+        run.keep_round(state(1, "fl", 3))
+    for changes in ({"arms": ("fedgin",)}, {"seeds": (2,)}):
+        other = refused(dataclasses.replace(config, resume=True, **changes))
+        assert other == "arm fl, seed 1, stopped in round 3; name it too, or it would be lost"
+    with open_run(config, HOSPITALS) as run:
+        run.finish(state(1, "fl", 3), [])
+    with open_run(dataclasses.replace(config, arms=("fedgin",)), HOSPITALS) as run:
+        assert run.is_finished(1, "fl")
+
+
+def test_a_test_goes_on_after_its_last_case(config):
+    scores = [score("a", liver=0.5, spleen=None), score("b", liver=0.25, spleen=None)]
+    with open_run(config, HOSPITALS) as run:
+        assert run.tested(1, "fl") == []
+        run.keep_round(state(1, "fl", 20))
+        for n in (1, 2):
+            run.keep_tested(1, "fl", scores[:n])
+    with open_run(config, HOSPITALS) as run:
+        assert run.tested(1, "fl") == scores
+        assert run.tested(2, "fl") == run.tested(1, "fedgin p=1") == []
+        run.finish(state(1, "fl", 20), scores)
+        run.report("")
+        assert not (run.out / "tested.json").exists()
+
+
+def test_however_a_folder_is_written_it_is_the_same(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "ct_set")
+    (tmp_path / "ct_set").mkdir()
+    config = dataclasses.replace(config, ct=("ct_set",), mri=("other",))
+    with open_run(config, HOSPITALS) as run:
+        run.keep_round(state(1, "fl", 1))
+    for same in ("ct_set/", "./ct_set", "link", str(tmp_path / "ct_set")):
+        with open_run(dataclasses.replace(config, ct=(same,)), HOSPITALS):
+            pass
+    told = refused(dataclasses.replace(config, ct=("elsewhere",)))
+    assert f"ct {tmp_path}/ct_set, now {tmp_path}/elsewhere" in told
 
 
 def test_another_place_cache_and_version_do_not_matter(config, tmp_path):
-    with open_run(config, HOSPITALS):
-        pass
+    with open_run(config, HOSPITALS) as run:
+        run.keep_round(state(1, "fl", 1))
     (tmp_path / "out").rename(tmp_path / "moved")
     file = tmp_path / "moved/config.json"
-    saved = {**json.loads(file.read_text()), "versions": {"python": "3.10.1", "torch": "2.1"}}
-    file.write_text(json.dumps(saved))
+    versions = {"python": "3.10.1", "torch": "2.1"}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "versions": versions}))
     changes = {"out": str(tmp_path / "moved"), "cache": "elsewhere", "no_cache": True}
     with open_run(dataclasses.replace(config, resume=True, **changes), HOSPITALS):
-        assert json.loads(file.read_text()) == saved
+        assert json.loads(file.read_text())["versions"] == versions
 
 
 @pytest.mark.parametrize(
@@ -344,16 +444,17 @@ def test_resume_refuses_other_settings_other_data_and_other_formats(tmp_path, ca
     assert_same(before, outcome(out))
     capsys.readouterr()
     assert command("--out", out) == 2
-    assert "holds a run; --resume continues it" in capsys.readouterr().err
+    assert "holds a run; --resume continues or extends it" in capsys.readouterr().err
     assert command("--out", out, "--resume", "--lr", "1e-3", "--width", "4") == 2
-    assert "holds a run with other width, lr;" in capsys.readouterr().err
+    assert "other settings: lr 0.004, now 0.001; width 2, now 4." in capsys.readouterr().err
     assert command("--out", out, "--resume", "--sites", "2") == 2
-    assert "holds a run with other sites;" in capsys.readouterr().err
-    assert sorted(path.name for path in (out / "hospitals").iterdir()) == ["ct.json", "mri.json"]
+    assert "other settings: sites 1, now 2." in capsys.readouterr().err
+    hospitals = sorted(path.name for path in (out / "hospitals").iterdir())
+    assert hospitals == ["ct.json", "mri.json", "other-scanner.json"]
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({**config, "format": 0}))
     assert command("--out", out, "--resume") == 2
-    assert "holds a run with other format;" in capsys.readouterr().err
+    assert f"other settings: format 0, now {results.FORMAT}." in capsys.readouterr().err
     (out / "config.json").write_text(json.dumps(config))
     assert_same(before, outcome(out))
 
@@ -377,6 +478,9 @@ def test_resume_refuses_files_that_changed(tmp_path, ct_folder, mri_folder, caps
     args += ["--out", tmp_path / "out"]
     assert command(*args) == 0
     assert command(*args, "--resume") == 0
-    os.utime(tmp_path / "mri/labelsTr/case_000.nii.gz", (1, 1))
+    path = tmp_path / "mri/labelsTr/case_000.nii.gz"
+    os.utime(path, (1, 1))
+    assert command(*args, "--resume") == 0  # touched, and the same
+    path.write_bytes((path.parent / "case_001.nii.gz").read_bytes())
     assert command(*args, "--resume") == 2
-    assert "holds a run with other files;" in capsys.readouterr().err
+    assert "files of mri have changed: case_000." in capsys.readouterr().err

@@ -2,11 +2,14 @@
 
 import math
 
+import numpy as np
 import pytest
+from scipy import stats
 from test_results import ORGANS, score
 
 from config import Config
-from tables import comparisons, mean, summarize, table, title
+from datasets import ORGANS as ALL_ORGANS
+from tables import comparisons, mean, paired_difference, report, summarize, tables, title
 
 
 def result(seed, modality, arm="fl", **dices):
@@ -36,18 +39,28 @@ def test_means_and_deviations_by_hand():
     summary = summarize(found, ["liver"])
     assert summary["fl"]["dice", "mri"] == pytest.approx((0.4, math.sqrt(0.08)))
     assert summary["fl"]["dice", "ct"] == pytest.approx((0.9, math.sqrt(0.02)))
-    assert summary["fl"]["mean"] == pytest.approx((0.65, math.sqrt(2 * 0.05**2)))
-    lines = table(summary, ["liver"]).splitlines()
-    assert lines[0].split("|")[1:4] == [" arm ", " MRI Dice      ", " CT Dice       "]
-    assert lines[2] == "| fl  | 0.400 ± 0.283 | 0.900 ± 0.141 | 0.650 ± 0.071 | 0.40 / 0.90    |"
-    row = cells(lines[6])
-    assert row[:5] == ["fl", "4.0 ± 2.8", "9.0 ± 1.4", "0.200 ± 0.141", "0.450 ± 0.071"]
-    assert row[5:] == ["1 / 1", "0 / 0", "0 / 0"]
+    rows = [cells(line) for line in tables(found, ["liver"]).splitlines()]
+    assert rows[0] == ["arm", "MRI Dice", "CT Dice", "scored MRI / CT", "missed", "absent"]
+    assert rows[2] == ["fl", "0.400 ± 0.283", "0.900 ± 0.141", "1 / 1", "0 / 0", "0 / 0"]
+    assert rows[4] == ["arm", "MRI HD95 mm", "CT HD95 mm", "MRI NSD", "CT NSD"]
+    assert rows[6] == ["fl", "4.0 ± 2.8", "9.0 ± 1.4", "0.200 ± 0.141", "0.450 ± 0.071"]
+    assert rows[8:] == [["MRI / CT Dice", "liver"], ["-" * 13, "-" * 11], ["fl", "0.40 / 0.90"]]
 
 
 def test_the_table_shows_what_was_not_scored():
-    row = table(summarize([result(1, "ct", liver=0.5)], ["liver"]), ["liver"]).splitlines()[2]
-    assert cells(row) == ["fl", "–", "0.500", "–", "– / 0.50"]
+    rows = [cells(line) for line in tables([result(1, "ct", liver=0.5)], ["liver"]).splitlines()]
+    assert rows[2] == ["fl", "–", "0.500", "0 / 1", "0 / 0", "0 / 0"]
+    assert rows[-1] == ["fl", "– / 0.50"]
+
+
+def test_tables_fit_a_terminal_of_100_columns():
+    label = "centralized+gin 1:5 p=0.5"
+    found = [
+        result(seed, m, label, **dict.fromkeys(ALL_ORGANS, d))
+        for seed, d in ((1, 0.5), (2, 12.5))
+        for m in ("mri", "ct")
+    ]
+    assert max(map(len, report(found, ALL_ORGANS).splitlines())) == 99
 
 
 def test_what_was_missed_counts_and_what_is_unlabelled_does_not():
@@ -57,48 +70,83 @@ def test_what_was_missed_counts_and_what_is_unlabelled_does_not():
     summary = summarize(found, ORGANS)
     assert summary["fl"]["spleen", "mri"][0] == 0.25
     assert summary["fl"]["hd95", "mri"][0] == pytest.approx((5 + (99 + 5) / 2) / 2)
-    row = cells(table(summary, ORGANS).splitlines()[-1])
-    assert row[5:] == ["4 / 0", "1 / 0", "0 / 0"]
+    assert cells(tables(found, ORGANS).splitlines()[2])[3:] == ["5 / 0", "1 / 0", "0 / 0"]
 
 
-def compare(**dices):
-    """comparisons of {arm: (Dice on MRI, Dice on CT)}, by line."""
-    summary = {
-        arm: {("dice", m): (d, math.nan) for m, d in zip(("mri", "ct"), pair, strict=True)}
-        for arm, pair in dices.items()
-    }
-    return comparisons(summary).splitlines()
+def on_cases(arm, dices, modality="mri", seed=1):
+    """Results of an arm on cases 0, 1, …, whose organ has the Dice given."""
+    found = [{**score(str(n), liver=d), "modality": modality} for n, d in enumerate(dices)]
+    return [{**one, "arm": arm, "seed": seed} for one in found]
+
+
+def test_a_paired_difference_by_hand():
+    """Of cases that differ by 0.1 and 0.3: bootstrap means 0.1, 0.2 and 0.3 with 1/4, 1/2, 1/4."""
+    found = on_cases("a", (0.6, 0.9)) + on_cases("b", (0.5, 0.6))
+    low, middle, high = paired_difference(found, "a", "b", "mri")
+    assert (low, middle, high) == pytest.approx((0.1, 0.2, 0.3))
+    assert paired_difference(found, "b", "a", "mri") == pytest.approx((-0.3, -0.2, -0.1))
+    assert all(map(math.isnan, paired_difference(found, "a", "b", "ct")))
+    assert all(map(math.isnan, paired_difference(on_cases("a", (1,)) * 2, "a", "a", "mri")))
+
+
+def test_a_paired_difference_averages_seeds_then_cases_then_organs():
+    found = []
+    for seed, liver, spleen in ((1, 0.5, 0.25), (2, 0.75, 0.25)):
+        for arm, sign in (("a", 0), ("b", 1)):
+            both = score("x", liver=liver * (1 - sign), spleen=spleen * (1 - sign))
+            only = score("y", liver=1.0 - sign, spleen=None)
+            found += [{**one, "arm": arm, "seed": seed, "modality": "ct"} for one in (both, only)]
+    _, middle, _ = paired_difference(found, "a", "b", "ct")
+    liver = ((0.5 + 0.75) / 2 + 1.0) / 2
+    assert middle == pytest.approx((liver + 0.25) / 2)
+
+
+def test_the_interval_is_scipys():
+    """scipy's percentile bootstrap of one organ, on other draws."""
+    rng = np.random.default_rng(1)
+    a, b = rng.uniform(0.4, 0.9, 40), rng.uniform(0.3, 0.9, 40)
+    low, middle, high = paired_difference(on_cases("a", a) + on_cases("b", b), "a", "b", "mri")
+    assert middle == pytest.approx((a - b).mean())
+    expected = stats.bootstrap((a - b,), np.mean, n_resamples=20_000, method="percentile", rng=rng)
+    assert (low, high) == pytest.approx(tuple(expected.confidence_interval), abs=0.01)
 
 
 def test_comparisons_by_hand():
-    arms = {"fl": (0.4, 0.8), "fedgin": (0.5, 0.6), "centralized+gin": (0.5, 0.0)}
-    arms |= {"mri-only": (0.25, 0.1), "ct-only": (0.2, 0.75), "ct-only+gin": (0.1, 0.7)}
-    assert compare(**arms) == [
-        "- fedgin against FL: MRI Dice 0.500 to fl's 0.400 (+25%), CT Dice 0.600 to fl's 0.800 "
-        "(-25%)",
-        "- fedgin against the best local arm: MRI Dice 0.500 to mri-only's 0.250 (+100%), CT Dice "
-        "0.600 to ct-only's 0.750 (-20%)",
-        "- fedgin against centralized+gin: MRI Dice 0.500 to centralized+gin's 0.500 (+0%), CT "
-        "Dice 0.600 to centralized+gin's 0.000",
+    arms = {"mri-only": 0.1, "fl 1:5": 0.5, "fedgin 1:5 p=1": 0.3, "fedgin 1:5 p=0.5": 0.6}
+    arms |= {"centralized+gin 1:5 p=1": 0.3, "centralized 1:5": 0.9, "fl 1:1": 0.2}
+    arms |= {"ct-only 1:5": 0.3}
+    found = [row for arm, d in arms.items() for row in on_cases(arm, (d, d + 0.1))]
+    table, note = comparisons(found).split("\n\n")
+    assert note == "\\* not distinguishable: the interval spans 0"
+    rows = [cells(line) for line in table.splitlines()]
+    assert rows[0] == ["difference in Dice [95 %]", "MRI", "CT"]
+    assert rows[2:] == [
+        ["fedgin 1:5 p=1 − mri-only", "+0.200 [0.200, 0.200]", "–"],
+        ["fedgin 1:5 p=1 − fl 1:5", "-0.200 [-0.200, -0.200]", "–"],
+        ["fedgin 1:5 p=1 − centralized+gin 1:5 p=1", "+0.000 [0.000, 0.000]*", "–"],
+        ["fedgin 1:5 p=1 − ct-only 1:5", "+0.000 [0.000, 0.000]*", "–"],
+        ["fedgin 1:5 p=0.5 − mri-only", "+0.500 [0.500, 0.500]", "–"],
+        ["fedgin 1:5 p=0.5 − fl 1:5", "+0.100 [0.100, 0.100]", "–"],
+        ["fedgin 1:5 p=0.5 − ct-only 1:5", "+0.300 [0.300, 0.300]", "–"],
     ]
+    assert comparisons(on_cases("fl", (0.5, 0.6))) == ""
 
 
-def test_ratios_are_compared_with_the_same_ratio():
-    arms = {"mri-only": (0.2, 0.1)}
-    arms |= {"fl 1:1": (0.4, 0.5), "fedgin 1:1": (0.5, math.nan), "fedgin all": (0.6, 0.5)}
-    assert compare(**arms) == [
-        "- fedgin 1:1 against FL: MRI Dice 0.500 to fl 1:1's 0.400 (+25%)",
-        "- fedgin 1:1 against the best local arm: MRI Dice 0.500 to mri-only's 0.200 (+150%)",
-        "- fedgin all against the best local arm: MRI Dice 0.600 to mri-only's 0.200 (+200%), CT "
-        "Dice 0.500 to mri-only's 0.100 (+400%)",
-    ]
-    assert compare(**{"fl": (0.4, 0.5), "centralized+gin": (0.5, 0.6)}) == []
+def test_own_and_other_scanners_have_tables_of_their_own():
+    own, other = on_cases("fl", (0.25, 0.25)), on_cases("fl", (0.75, 0.75))
+    other = [{**one, "hospital": "far", "scanner": "other"} for one in other]
+    lines = report(own + other, ORGANS[:1]).splitlines()
+    assert lines[0] == "### Scanners of the hospitals that train: mri"
+    assert cells(lines[4])[:2] == ["fl", "0.250"]
+    second = lines.index("### Scanners of others: far")
+    assert cells(lines[second + 4])[:2] == ["fl", "0.750"]
+    assert report(other, ORGANS[:1]).splitlines() == lines[second:]
 
 
 def test_titles():
-    assert title(Config(seeds=(1, 2)), "1:1 (2 : 2 cases)") == (
-        "## Test scores, limited scenario, MRI : CT 1:1 (2 : 2 cases), seeds 1 2: PHANTOMS "
-        "(synthetic volumes, not patients)"
+    found = [result(seed, "mri", liver=1.0) for seed in (2, 1, 2)]
+    assert title(Config(seeds=(1,)), found) == (
+        "## Test scores, limited scenario, seeds 2 1: PHANTOMS (synthetic volumes, not patients)"
     )
     on_scans = Config(scenario="complete", ct=("a",), mri=("b",))
-    assert title(on_scans) == "## Test scores, complete scenario, seeds 42: scans"
+    assert title(on_scans, found) == "## Test scores, complete scenario, seeds 2 1: scans"
