@@ -1,215 +1,230 @@
-"""The pictures of the README and of docs/results.md; matplotlib draws them.
+"""The pictures of README.md and of the pages in docs/; matplotlib draws them.
 
-python docs/figures.py                 # docs/gin.png: what GIN does to a CT and an MRI phantom
-python docs/figures.py RUN_DIR [OUT]   # validation.png, predictions.png, ratios.png of any run
+python docs/figures.py                 # those that need no run: gin, gin-steps, round and arms
+python docs/figures.py RUN_DIR [OUT]   # validation, ratios, predictions of a run, whole or not
 """
 
 import argparse
 import csv
 import dataclasses
-import json
+import functools
 import sys
 from collections import defaultdict
+from collections.abc import Iterable
+from itertools import cycle
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 
-import matplotlib
-
-matplotlib.use("Agg")
 import numpy as np
 import torch
 from matplotlib import pyplot as plt
-from matplotlib.colors import ListedColormap
 
 import data
-import fedgin
+import method_figures
+import nifti
 import predict
 import results
 import tables
-from config import Config
+from config import Config, run_command
 from datasets import DataError
-from gin import gin
 from hospitals import load_hospitals
+from method_figures import (
+    ARM_COLOURS,
+    ORGAN_COLOURS,
+    best_slice,
+    overlay,
+    show,
+    window,
+    window_title,
+)
 from phantom import phantom
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; black is left to text.
-BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
-SKY, PINK = "#56B4E9", "#CC79A7"
-ARM_COLOURS = {
-    "fedgin": RED,
-    "fl": BLUE,
-    "centralized+gin": GREEN,
-    "centralized": SKY,
-    "mri-only": ORANGE,
-    "ct-only": PINK,
-    "mri-only+gin": "#8a6100",
-    "ct-only+gin": "#7a4763",
-}
-ORGAN_COLOURS = ("#00000000", ORANGE, GREEN, BLUE, RED, PINK)
-plt.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+LINES = ("-", "--", ":", "-.")
 
 
-def grey(image: np.ndarray) -> np.ndarray:
-    """An axial slice (left to right, back to front) with the front up."""
-    return image.T[::-1]
+class Run(NamedTuple):
+    folder: Path
+    config: Config
+    history: list[dict[str, str]]  # the lines of history.csv
+    scores: list[dict]  # the results of results.json
 
 
-def show(axis, image: np.ndarray, title: str = "") -> None:
-    low, high = np.percentile(image, (1, 99))
-    axis.imshow(grey(image), cmap="gray", vmin=low, vmax=high, interpolation="nearest")
-    axis.set_title(title, fontsize=8)
-    axis.set_axis_off()
-
-
-def gallery(path: Path) -> None:
-    figure, axes = plt.subplots(2, 9, figsize=(9.4, 2.5), layout="constrained")
-    for row, modality in zip(axes, ("ct", "mri"), strict=True):
-        image, labels = phantom(42, modality, 1)
-        z = int((labels > 0).sum((0, 1)).argmax())
-        batch = torch.from_numpy(data.normalize(image, modality))[None, None]
-        generator = torch.Generator().manual_seed(42)  # the same eight networks for both
-        show(row[0], batch[0, 0, :, :, z].numpy(), f"{modality.upper()} phantom")
-        for n, axis in enumerate(row[1:], start=1):
-            show(axis, gin(batch, generator=generator)[0, 0, :, :, z].numpy(), f"draw {n}")
-    save(figure, path)
-
-
-def save(figure, path: Path) -> None:
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    print(path)
-
-
-def split_label(label: str) -> tuple[str, str]:
-    arm, _, ratio = label.partition(" ")
-    return arm, ratio
-
-
-def validation(run: Path, path: Path) -> None:
-    """Validation Dice by round, a line an arm and a row of panels a ratio; the mean over seeds."""
-    dice = defaultdict(lambda: defaultdict(list))
-    with open(run / "history.csv", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            for modality in ("mri", "ct"):
-                if row[f"val_dice_{modality}"]:
-                    score = float(row[f"val_dice_{modality}"])
-                    dice[modality, row["arm"]][int(row["round"])].append(score)
-    ratios = sorted({split_label(arm)[1] for _, arm in dice} - {""}) or [""]
-    size = (7, 2.3 * len(ratios) + 0.4)
-    figure, axes = plt.subplots(
-        len(ratios), 2, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
-    )
-    for row, ratio in zip(axes, ratios, strict=True):
-        for axis, modality in zip(row, ("mri", "ct"), strict=True):
-            for (m, label), rounds in dice.items():
-                arm, its_ratio = split_label(label)
-                if m == modality and its_ratio in ("", ratio):
-                    x, y = zip(*[(r, np.mean(s)) for r, s in sorted(rounds.items())], strict=True)
-                    axis.plot(x, y, color=ARM_COLOURS[arm], label=arm, linewidth=1.8)
-            axis.set_title(f"{modality.upper()}{f', at MRI : CT {ratio}' if ratio else ''}")
-            axis.set_ylim(0, 1)
-        row[0].set_ylabel("validation Dice")
-    for axis in axes[-1]:
-        axis.set_xlabel("round")
-    legend(figure, axes)
-    save(figure, path)
-
-
-def legend(figure, axes) -> None:
-    """One legend above all panels."""
-    found = {}
-    for axis in axes.ravel():
-        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-            found.setdefault(label, handle)
-    figure.legend(
-        found.values(), found.keys(), loc="outside upper center", ncol=len(found), frameon=False
-    )
-
-
-def read_config(run: Path) -> Config:
-    saved = json.loads((run / "config.json").read_text(encoding="utf-8"))
+def read_run(folder: Path) -> Run:
+    """What a run has left so far; raises DataError where there is none."""
+    saved = results.read(folder / "config.json", missing={})
+    if not saved:
+        raise DataError(f"{folder}: nothing to draw, as no run is there; name the --out of one")
     names = {field.name for field in dataclasses.fields(Config)}
     settings = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k in names}
-    return Config(**settings)
+    try:
+        config = Config(**settings)
+    except ValueError as error:
+        what = f"is another version's ({error}), which must draw it"
+        raise DataError(f"{folder / 'config.json'}: {what}") from error
+    lines: list[str] = []
+    if (folder / "history.csv").exists():
+        lines = (folder / "history.csv").read_text(encoding="utf-8").splitlines()
+    scores = results.read(folder / "results.json", missing={}).get("results", [])
+    return Run(folder, config, list(csv.DictReader(lines)), scores)
 
 
-def predictions(run: Path, path: Path) -> None:
-    """A test case of each modality: scan, target, and what each arm of the first seed predicts."""
-    config = read_config(run)
-    seed, device = config.seeds[0], torch.device("cpu")
-    hospitals = load_hospitals(config)[0][seed]
-    last_ratio = list((config.ratios or ())[-1:])
-    arms = [label for label in fedgin.run_labels(config) if " " not in label]
-    arms += [label for label in fedgin.run_labels(config) if label.split()[1:] == last_ratio]
-    cases = {}
-    for hospital in hospitals:
-        for case in hospital.test:
-            cases.setdefault(case.modality, case)
-    columns = 2 + len(dict.fromkeys(arms))
-    size = (1.45 * columns, 1.6 * len(cases) + 0.4)
-    figure, axes = plt.subplots(
-        len(cases), columns, figsize=size, squeeze=False, layout="constrained"
-    )
-    for row, (modality, case) in zip(axes, cases.items(), strict=True):
-        z = best_slice(case.labels)
-        show(row[0], case.image[:, :, z], f"{modality.upper()} {case.id}")
-        overlay(row[1], case, case.labels, z, "target")
-        for axis, label in zip(row[2:], dict.fromkeys(arms), strict=True):
-            checkpoint = run / results.model_path(config, label, seed).name
-            model, model_config = predict.load_model(checkpoint, device)
-            labels = predict.segment(model, case.image, model_config["patch"], case.labels.shape)
-            overlay(axis, case, labels, z, label)
+def split_label(label: str) -> tuple[str, str, str]:
+    """A label's arm, ratio and share of GIN: "fedgin 1:5 p=1" → "fedgin", "1:5", "p=1"."""
+    arm, *rest = label.split()
+    p = [word for word in rest if word.startswith("p=")]
+    return arm, " ".join(word for word in rest if word not in p), " ".join(p)
+
+
+def ratio_names(labels: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(ratio for label in labels if (ratio := split_label(label)[1])))
+
+
+def styles(labels: Iterable[str]) -> dict[str, dict]:
+    """How each label is drawn: in the colour of its arm, with the line of its p."""
+    parts = {label: split_label(label) for label in labels}
+    lines = dict(zip(dict.fromkeys(p for *_, p in parts.values() if p), cycle(LINES)))
+    return {
+        label: {
+            "color": ARM_COLOURS.get(arm, "0.4"),
+            "linestyle": lines.get(p, "-"),
+            "label": f"{arm} {p}".strip(),
+        }
+        for label, (arm, _, p) in parts.items()
+    }
+
+
+def panels(rows: int, looks: dict[str, dict], y: str, x: str):
+    """A figure with a column for MRI and one for CT, Dice from 0 to 1 in all, and its legend."""
+    shared = {"sharex": True, "sharey": True, "squeeze": False}
+    figure, axes = plt.subplots(rows, 2, figsize=(7, 2.4 * rows + 0.5), **shared)
+    axes[0, 0].set_ylim(0, 1)
+    figure.supylabel(y, fontsize=9)
+    figure.supxlabel(x, fontsize=9)
+    handles = {style["label"]: plt.Line2D([], [], **style) for style in looks.values()}
+    where = {"loc": "outside upper center", "ncol": min(len(handles), 4), "frameon": False}
+    figure.legend(handles=list(handles.values()), **where)
+    return figure, axes
+
+
+def validation(run: Run):
+    """Validation Dice by round, a line a label and a row of panels a ratio; the mean over seeds."""
+    dice = defaultdict(lambda: defaultdict(list))
+    for row in run.history:
+        for modality in ("mri", "ct"):
+            if (score := row[f"val_dice_{modality}"]) not in ("", "nan"):
+                dice[row["arm"], modality][int(row["round"])].append(float(score))
+    if not dice:
+        return None
+    looks = styles(label for label, _ in dice)
+    ratios = ratio_names(looks) or [""]
+    figure, axes = panels(len(ratios), looks, "validation Dice", "round")
+    for row, ratio in zip(axes, ratios, strict=True):
+        for axis, modality in zip(row, ("mri", "ct"), strict=True):
+            axis.set_title(f"{modality.upper()}{f', at MRI : CT {ratio}' if ratio else ''}")
+            for (label, m), rounds in dice.items():
+                if m == modality and split_label(label)[1] in ("", ratio):
+                    x, y = zip(*[(r, np.mean(s)) for r, s in sorted(rounds.items())], strict=True)
+                    axis.plot(x, y, marker=".", markersize=4, **looks[label])
+    return figure
+
+
+def ratios(run: Run):
+    """Test Dice by arm and ratio, mean over seeds, with bars of one standard deviation."""
+    summary = tables.summarize(run.scores, run.config.organs)
+    names, looks = ratio_names(summary), styles(summary)
+    if len(names) < 2:
+        return None
+    figure, axes = panels(1, looks, "test Dice", "MRI : CT training cases")
+    lines = {look["label"]: look for look in looks.values()}
+    for axis, modality in zip(axes[0], ("mri", "ct"), strict=True):
+        for n, (name, look) in enumerate(lines.items()):
+            shift = 0.06 * (n - (len(lines) - 1) / 2)
+            points = [
+                (x + shift, *row["dice", modality])
+                for x, ratio in enumerate(names)
+                for label, row in summary.items()
+                if looks[label]["label"] == name and split_label(label)[1] in ("", ratio)
+            ]
+            x, mean, deviation = np.array(points).T
+            axis.errorbar(x, mean, np.nan_to_num(deviation), capsize=2, marker=".", **look)
+        axis.set_xticks(range(len(names)), names)
+        axis.set_title(modality.upper())
+    return figure
+
+
+def intensities(case: data.Volume, config: Config, seed: int) -> np.ndarray:
+    """The image of a case on the model's grid as it was before it was normalized."""
+    if case.case is None:
+        return phantom(seed, case.modality, int(case.id.removeprefix("phantom")))[0]
+    scan = nifti.read_nifti(case.case.image)
+    return nifti.resample_image(scan.voxels, scan.spacing, config.spacing)
+
+
+def predictions(run: Run):
+    """A test case of each modality: scan, target, and what each arm predicts, of the first seed."""
+    config, seed = run.config, run.config.seeds[0]
+    paths = {}
+    for label in dict.fromkeys(row["arm"] for row in (*run.history, *run.scores)):
+        path = run.folder / results.model_path(config, label, seed).name
+        paths |= {label: path} if path.exists() else {}
+    shown = ("", *ratio_names(paths)[-1:])  # the last ratio, and what has none
+    paths = {label: path for label, path in paths.items() if split_label(label)[1] in shown}
+    if not paths:
+        return None
+    hospitals = load_hospitals(dataclasses.replace(config, seeds=(seed,)), alone=False)[0][seed]
+    tests: dict[str, list] = {}
+    for case in (case for hospital in hospitals for case in hospital.test):
+        tests.setdefault(case.modality, []).append(case)
+    if not tests:
+        return None
+    size = (1.6 * (2 + len(paths)), 2.1 * len(tests) + 0.5)
+    figure, axes = plt.subplots(len(tests), 2 + len(paths), figsize=size, squeeze=False)
+    for row, (modality, cases) in zip(axes, tests.items(), strict=True):
+        case = max(cases, key=lambda case: (case.counts[1:] > 0).sum())  # with most organs
+        image, z = intensities(case, config, seed), best_slice(case.labels)
+        title = f"{modality.upper()} {case.id}\n{window_title(modality)}"
+        maps = {title: np.zeros_like(case.labels), "target": case.labels}
+        for label, path in paths.items():
+            model, about = predict.load_model(path, torch.device("cpu"))
+            maps[label] = predict.segment(model, case.image, about["patch"], case.labels.shape)
+        for axis, (name, labels) in zip(row, maps.items(), strict=True):
+            show(axis, image[:, :, z], window(image, modality), name)
+            overlay(axis, labels[:, :, z])
     colours = ORGAN_COLOURS[1 : len(config.organs) + 1]
     boxes = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours]
-    figure.legend(
-        boxes, config.organs, loc="outside lower center", ncol=len(config.organs), frameon=False
-    )
-    save(figure, path)
+    columns = min(len(boxes), 2 + len(paths))
+    where = {"loc": "outside lower center", "ncol": columns, "frameon": False}
+    figure.legend(boxes, config.organs, **where)
+    return figure
 
 
-def best_slice(labels: np.ndarray) -> int:
-    """The axial slice with most organs, and of those the one with the largest smallest organ."""
-
-    def key(z: int):
-        sizes = np.bincount(labels[:, :, z].ravel(), minlength=2)[1:]
-        return (sizes > 0).sum(), sizes[sizes > 0].min(initial=0)
-
-    return max(range(labels.shape[2]), key=key)
-
-
-def overlay(axis, case, labels: np.ndarray, z: int, title: str) -> None:
-    show(axis, case.image[:, :, z], title)
-    colours = ListedColormap(ORGAN_COLOURS)
-    axis.imshow(grey(labels[:, :, z]), cmap=colours, vmin=0, vmax=5, interpolation="nearest")
+OF_THE_METHOD = {
+    "gin": method_figures.gallery,
+    "gin-steps": method_figures.gin_steps,
+    "round": method_figures.one_round,
+    "arms": method_figures.arms,
+}
+OF_A_RUN = {"validation": validation, "ratios": ratios, "predictions": predictions}
 
 
-def ratios(run: Path, path: Path) -> None:
-    """Test Dice by arm and ratio, mean over seeds, with bars of one standard deviation."""
-    config = read_config(run)
-    scores = json.loads((run / "results.json").read_text(encoding="utf-8"))["results"]
-    summary = tables.summarize(scores, config.organs)
-    arms = list(dict.fromkeys(split_label(label)[0] for label in summary))
-    figure, axes = plt.subplots(1, 2, figsize=(7, 2.9), sharey=True, layout="constrained")
-    for axis, modality in zip(axes, ("mri", "ct"), strict=True):
-        for n, arm in enumerate(arms):
-            labels = [label for label in (f"{arm} {r}" for r in config.ratios) if label in summary]
-            labels = labels or [arm] * len(
-                config.ratios
-            )  # no ratio of its own, or the run's only one
-            dice = [summary[label]["dice", modality] for label in labels]
-            mean, deviation = np.nan_to_num(np.array(dice), nan=0).T
-            x = np.arange(len(config.ratios)) + 0.06 * (n - (len(arms) - 1) / 2)
-            style = {"color": ARM_COLOURS[arm], "label": arm, "capsize": 2, "marker": "o"}
-            axis.errorbar(x, mean, deviation, markersize=4, linewidth=1.5, **style)
-        axis.set_xticks(range(len(config.ratios)), config.ratios)
-        axis.set_xlabel("MRI : CT training cases")
-        axis.set_title(modality.upper())
-        axis.set_ylim(0, 1)
-    axes[0].set_ylabel("test Dice")
-    legend(figure, axes)
-    save(figure, path)
+def draw(folder: Path | None, out: Path | None) -> None:
+    """Draw what there is to draw; raises DataError for a folder of which there is nothing."""
+    run, pictures = (), OF_THE_METHOD
+    if folder:
+        run, pictures = (read_run(folder),), OF_A_RUN
+    out, drawn = out or folder or ROOT / "docs", 0
+    for name, picture in pictures.items():
+        if figure := picture(*run):
+            out.mkdir(parents=True, exist_ok=True)
+            figure.savefig(out / f"{name}.png", dpi=150)
+            plt.close(figure)
+            print(out / f"{name}.png")
+            drawn += 1
+    if not drawn:
+        raise DataError(f"{folder}: nothing to draw yet, as no round of the run is finished")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -219,23 +234,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("run", nargs="?", type=Path, metavar="RUN_DIR", help="the --out of a run")
     parser.add_argument("out", nargs="?", type=Path, help="folder for pictures (default: RUN_DIR)")
     args = parser.parse_args(argv)
-    if args.run is None:
-        gallery(ROOT / "docs/gin.png")
-        return 0
-    try:
-        config = results.read(args.run / "config.json", missing={})
-        finished = results.read(args.run / "results.json", missing={}).get("finished")
-    except DataError as error:
-        parser.error(str(error))
-    if not config or not finished:
-        parser.error(f"{args.run}: nothing to draw, as no arm of a run is finished there")
-    out = args.out or args.run
-    out.mkdir(parents=True, exist_ok=True)
-    validation(args.run, out / "validation.png")
-    predictions(args.run, out / "predictions.png")
-    if len(config["ratios"] or ()) > 1:
-        ratios(args.run, out / "ratios.png")
-    return 0
+    return run_command("figures.py", functools.partial(draw, args.run, args.out))
 
 
 if __name__ == "__main__":
