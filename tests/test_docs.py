@@ -1,7 +1,13 @@
-"""The pictures show what they say."""
+"""The pages keep their word, and the pictures show what they say."""
 
+import ast
+import contextlib
 import dataclasses
+import io
 import json
+import re
+import textwrap
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +27,69 @@ from phantom import ORGANS, phantom
 from unet3d import UNet3D
 
 ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+METHOD = (ROOT / "docs/method.md").read_text(encoding="utf-8")
+QUOTE = re.compile(
+    r"From\s`([\w.]+)`\sin\s\[(\w+\.py)\]\(\.\./\2\):\n\n```python\n(.*?)```", re.DOTALL
+)
+
+# ------------------------------------------------------------------------------------------- pages
+
+
+def source_of(file, function):
+    """The lines of a function or method of a file."""
+    node = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    for name in function.split("."):
+        [node] = [child for child in node.body if getattr(child, "name", None) == name]
+    return (ROOT / file).read_text(encoding="utf-8").splitlines()[node.lineno - 1 : node.end_lineno]
+
+
+@pytest.mark.parametrize(("function", "file", "quote"), QUOTE.findall(METHOD))
+def test_quoted_lines_stand_in_their_function(function, file, quote):
+    quote, lines = quote.splitlines(), source_of(file, function)
+    passages = (lines[i : i + len(quote)] for i in range(len(lines) - len(quote) + 1))
+    assert quote in [textwrap.dedent("\n".join(p)).splitlines() for p in passages]
+
+
+def test_every_example_of_the_method_prints_what_it_says():
+    examples = re.findall(r"```python\n(.*?)```", QUOTE.sub("", METHOD), re.DOTALL)
+    assert len(QUOTE.findall(METHOD)) + len(examples) == METHOD.count("```python")
+    for example in examples:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(example, {})
+        assert printed.getvalue().splitlines() == re.findall(r"print\(.*\)  # (.*)", example)
+        assert printed.getvalue()
+
+
+def anchors(page):
+    """The anchors of a page's headings, as GitHub makes them."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    found, slugs = [], Counter()
+    for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE):
+        slug = re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+        found.append(f"{slug}-{slugs[slug]}" if slugs[slug] else slug)
+        slugs[slug] += 1
+    return found
+
+
+def test_anchors_follow_githubs_rule(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# GIN's probability\n## The files, in `reading` order\n# A-b_c\n# A\n# A\n")
+    expected = ["gins-probability", "the-files-in-reading-order", "a-b_c", "a", "a-1"]
+    assert anchors(page) == expected
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_relative_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    targets = [t for t in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in t]
+    assert targets
+    for target in targets:
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.is_file(), target
+        assert not anchor or anchor in anchors(file), target
+
 
 # ------------------------------------------------------------------------------------------ slices
 
