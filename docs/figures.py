@@ -133,7 +133,8 @@ def validation(run: Run):
 
 def ratios(run: Run):
     """Test Dice by arm and ratio, mean over seeds, with bars of one standard deviation."""
-    summary = tables.summarize(run.scores, run.config.organs)
+    own = [score for score in run.scores if score["scanner"] == "own"] or run.scores
+    summary = tables.summarize(own, run.config.organs)
     names, looks = ratio_names(summary), styles(summary)
     if len(names) < 2:
         return None
@@ -176,7 +177,8 @@ def predictions(run: Run):
         return None
     hospitals = load_hospitals(dataclasses.replace(config, seeds=(seed,)), alone=False)[0][seed]
     tests: dict[str, list] = {}
-    for case in (case for hospital in hospitals for case in hospital.test):
+    tested = [hospital for hospital in hospitals if hospital.modality and hospital.test]
+    for case in (case for hospital in tested or hospitals for case in hospital.test):
         tests.setdefault(case.modality, []).append(case)
     if not tests:
         return None

@@ -11,8 +11,8 @@ from matplotlib.colors import ListedColormap
 from matplotlib.patheffects import withStroke
 
 import data
-import fedgin
 import gin
+from arms import ARMS
 from phantom import phantom
 
 plt.switch_backend("Agg")  # files, no windows
@@ -176,7 +176,7 @@ def arms():
     names |= {"fedgin": "weights averaged", "centralized+gin": "scans pooled"}
     figure, axes = plt.subplots(1, len(names), figsize=(9, 3.4))
     for axis, (name, text) in zip(axes, names.items(), strict=True):
-        arm = fedgin.ARMS[name]
+        arm = ARMS[name]
         canvas(axis, name, ARM_COLOURS[name])
         axis.text(5, 9.6, text, ha="center")
         for x, modality in ((2.3, "mri"), (7.7, "ct")):

@@ -47,11 +47,11 @@ def awkward_affine(spacing, flips, order):
 
 
 def split_kidneys(labels):
-    """The kidneys of a phantom as two masks: right (x below the middle) and left."""
+    """The kidneys of a phantom as two masks: right (x above the middle) and left."""
     kidneys = labels == ORGANS.index("kidneys") + 1
     middle = labels.shape[0] // 2
     right, left = kidneys.copy(), kidneys.copy()
-    right[middle:], left[:middle] = False, False
+    right[:middle], left[middle:] = False, False
     return right, left
 
 

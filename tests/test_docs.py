@@ -191,7 +191,8 @@ def run(tmp_path):
             for modality in ("mri", "ct"):
                 score = {"outcome": "scored", "dice": dice_of(label, seed, modality)}
                 organs = {organ: {**score, "hd95": 1.0, "nsd": 1.0} for organ in config.organs}
-                about = {"seed": seed, "arm": label, "hospital": modality, "modality": modality}
+                about = {"seed": seed, "arm": label, "hospital": modality, "scanner": "own"}
+                about["modality"] = modality
                 scores.append({**about, "case": "phantom16", "scores": organs})
             checkpoint = folder / results.model_path(config, label, seed).name
             torch.save({"model": model, "weights": network}, checkpoint)
