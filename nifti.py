@@ -12,7 +12,7 @@ import io
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import nibabel
 import numpy as np
@@ -22,6 +22,7 @@ from nibabel.filebasedimages import ImageFileError
 from torch import Tensor
 from torch.nn import functional as F
 
+GZIP = b"\x1f\x8b"  # how such a file begins
 LONGEST = 4000  # mm along an axis; more is no scan of a person
 
 
@@ -62,14 +63,9 @@ def read_nifti(path: str | Path) -> Scan:
         raise ImageFileError("missing")
     try:
         content = path.read_bytes()
-        if content[:2] == b"\x1f\x8b":
+        if content[:2] == GZIP:
             content = gzip.decompress(content)
-        kinds = (nibabel.Nifti1Image, nibabel.Nifti2Image)
-        fitting = [k for k in kinds if k.header_class.may_contain_header(content[:540])]
-        if not fitting:
-            raise ImageFileError("cannot be read: truncated, or no NIfTI file")
-        kind = fitting[0]
-        header = kind.header_class.from_fileobj(io.BytesIO(content), check=False)
+        kind, header = _parse_header(io.BytesIO(content))
         _verify(header, len(content))
         file = kind.from_bytes(content)
         canonical = nibabel.as_closest_canonical(nibabel.funcs.squeeze_image(file))
@@ -86,7 +82,32 @@ def read_nifti(path: str | Path) -> Scan:
     return Scan(voxels, spacing, canonical.affine, file.header, file.affine, problems)
 
 
-def _verify(header: nibabel.Nifti1Header, n_bytes: int) -> None:
+def read_header(path: Path) -> nibabel.Nifti1Header:
+    """What a NIfTI file says of its voxels, without reading them; raises ImageFileError."""
+    try:
+        with path.open("rb") as file:
+            zipped = file.read(2) == GZIP
+            file.seek(0)
+            header = _parse_header(gzip.GzipFile(fileobj=file) if zipped else file)[1]
+        _verify(header, math.inf)
+    except ImageFileError:
+        raise
+    except Exception as error:  # as in read_nifti
+        raise ImageFileError(f"cannot be read ({error})") from error
+    return header
+
+
+def _parse_header(file: Any) -> tuple[Any, nibabel.Nifti1Header]:
+    """The kind of NIfTI that an open file holds, and its header as it is."""
+    start = file.read(540)
+    file.seek(0)
+    for kind in (nibabel.Nifti1Image, nibabel.Nifti2Image):
+        if kind.header_class.may_contain_header(start):
+            return kind, kind.header_class.from_fileobj(file, check=False)
+    raise ImageFileError("cannot be read: truncated, or no NIfTI file")
+
+
+def _verify(header: nibabel.Nifti1Header, n_bytes: float) -> None:
     """Raise ImageFileError for what a header of a file of n_bytes says and cannot be."""
     shape, dtype = header.get_data_shape(), header.get_data_dtype()
     pixdim = header["pixdim"][1:4].tolist()  # as it is: nibabel mends a 0
@@ -150,10 +171,15 @@ def write_nifti(path: Path, labels: np.ndarray, scan: Scan) -> None:
 
 def resample_image(voxels: np.ndarray, spacing: Sequence[float], target: float) -> np.ndarray:
     """Resample a volume (D, H, W) with voxels of `spacing` mm to cubic ones of `target` mm."""
-    size = tuple(
-        max(1, round(n * mm / target)) for n, mm in zip(voxels.shape, spacing, strict=True)
-    )
+    size = resampled_size(voxels.shape, spacing, target)
     return _resample(torch.from_numpy(voxels), size).numpy()
+
+
+def resampled_size(
+    shape: Sequence[int], spacing: Sequence[float], target: float
+) -> tuple[int, ...]:
+    """Cubic voxels of `target` mm that cover what `shape` voxels of `spacing` mm do; at least 1."""
+    return tuple(max(1, round(n * mm / target)) for n, mm in zip(shape, spacing, strict=True))
 
 
 def resample_labels(scores: Iterable[Tensor], size: Sequence[int]) -> np.ndarray:

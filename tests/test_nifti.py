@@ -89,6 +89,36 @@ def test_every_kind_of_nifti_is_read_as_by_nibabel(name, kind, endianness, tmp_p
     assert scan.problems == []
 
 
+@pytest.mark.parametrize("kind", [nibabel.Nifti1Image, nibabel.Nifti2Image])
+@pytest.mark.parametrize("name", ["scan.nii", "scan.nii.gz"])
+def test_a_header_is_read_without_its_voxels(kind, name, tmp_path):
+    affine = awkward_affine((1.0, 2.0, 4.0), (1, -1, 1), (1, 2, 0))
+    file = kind(np.arange(5 * 6 * 70, dtype=np.int16).reshape(5, 6, 70), affine)
+    file.header.extensions.append(nibabel.nifti1.Nifti1Extension("comment", b"x" * 1000))
+    nibabel.save(file, tmp_path / name)
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[:-500])  # within the voxels
+    header = nifti.read_header(tmp_path / name)
+    assert header.get_data_shape() == (5, 6, 70)
+    assert header.get_data_dtype() == np.int16
+    unpacked = len(file.to_bytes())
+    assert header.get_data_offset() + 2 * 5 * 6 * 70 == unpacked
+    np.testing.assert_allclose(header.get_best_affine(), affine, atol=1e-5)
+
+
+OF_VOXELS = ("truncated", "checksum", "NaN", "infinite")
+
+
+@pytest.mark.parametrize("way", [way for way in UNREADABLE if way not in OF_VOXELS])
+def test_a_header_of_no_scan_is_refused(way, tmp_path):
+    spoil, message = UNREADABLE[way]
+    save(tmp_path / "scan.nii.gz", phantom(1, "ct", 0)[0])
+    spoil(tmp_path / "scan.nii.gz")
+    with pytest.raises(ImageFileError) as error:
+        nifti.read_header(tmp_path / "scan.nii.gz")
+    assert message in str(error.value) or way == "missing"
+
+
 @pytest.mark.parametrize(("spoil", "message"), UNREADABLE.values(), ids=UNREADABLE)
 def test_a_file_that_cannot_be_used_says_why(spoil, message, tmp_path):
     path = tmp_path / "scan.nii.gz"
