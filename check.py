@@ -7,6 +7,7 @@ Exit code 1 if a case cannot be used.
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +16,9 @@ import numpy as np
 
 from cases import read_case, split_duplicates
 from config import run_command
-from data import in_parallel
 from datasets import LAYOUTS, ORGANS, Case, DataError, find_cases
 from nifti import Problem
+from resources import in_parallel, peak_bytes
 
 
 def inspect(case: Case) -> dict:
@@ -45,7 +46,7 @@ def check_folder(folder: str, layout: str | None = None) -> dict:
         what = str(error).removeprefix(f"{Path(folder)}: ")
         problem = Problem(Path(folder), what, "nothing of it can be used")
         return {"cases": [], "problems": [problem._asdict()]}
-    reports = list(in_parallel(inspect, cases, folder))
+    reports = list(in_parallel(inspect, cases, folder, peak_bytes(cases, spacing=math.inf)))
     problems = [problem._asdict() for problem in split_duplicates(cases)[1]]
     problems += [problem for report in reports for problem in report.pop("problems")]
     return {"cases": reports, "problems": problems}

@@ -1,7 +1,7 @@
-"""Cases on the model's grid, their cache, and batches of patches drawn from them.
+"""Cases on the model's grid, and batches of patches drawn from them.
 
 A case is one scan with its labels: datasets.py finds it, cases.py reads it. Here it is resampled to
-cubic voxels, normalized by its modality, and kept on disk for the next time.
+cubic voxels and normalized by its modality; cache.py keeps it on disk for the next time.
 
     from datasets import ORGANS, find_cases
     from data import load_cases
@@ -9,13 +9,11 @@ cubic voxels, normalized by its modality, and kept on disk for the next time.
     volumes, left_out = load_cases(cases, ORGANS, spacing=2.0)  # {scan file: Volume}, reasons
 """
 
+import contextlib
+import functools
 import hashlib
-import json
-import os
+import io
 import shutil
-import sys
-import tempfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,12 +22,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from cache import CachedVolume, cache_key, fingerprint, write_entry  # noqa: F401
 from cases import read_usable, split_duplicates
 from config import is_out_of_memory
 from datasets import Case, DataError
 from nifti import Scan, resample_image, resample_labels
+from resources import grid_voxels, in_parallel, peak_bytes
 
 NORMALIZATION = {
     "ct": (-160.0, 240.0),  # window in HU: soft tissue
@@ -37,11 +36,9 @@ NORMALIZATION = {
 }
 ORGAN_SHARE = 0.5  # of the patches is centred on a voxel of an organ, every organ as often
 VOXELS_PER_ORGAN = 1000  # candidates that a volume remembers for that
-ARRAYS = ("image", "labels", "foreground_voxels")  # of a volume, a file each in the cache
-CACHE_FORMAT = 3  # another number, and nothing of an older cache is used
 
 
-# -------------------------------------------------------------------------- volumes and their cache
+# ----------------------------------------------------------------------------------------- volumes
 
 
 class Volume(NamedTuple):
@@ -54,37 +51,12 @@ class Volume(NamedTuple):
     foreground_voxels: np.ndarray  # (n, 4) int32: organ and voxel, to centre patches on
     labelled: np.ndarray  # (1 + organs,) bool: what the case's data set labels; background always
     case: Case | None = None  # where it came from; None for what was made, not read
+    target: bytes = b""  # see read_target; empty for what has no other grid than the model's
 
     @property
     def counts(self) -> np.ndarray:
         """(1 + organs,) voxels by label."""
         return np.bincount(self.labels.ravel(), minlength=len(self.labelled))
-
-
-class CachedVolume:
-    """A Volume whose arrays stay on disk, mapped into memory for as long as they are in use.
-
-    What is used for the first time is compared with its checksum; a damaged entry is made anew.
-    """
-
-    def __init__(self, folder: Path, case: Case, organs: Sequence[str], spacing: float) -> None:
-        self.id, self.modality, self.case = case.id, case.modality, case
-        self.labelled = labelled_organs(case, organs)
-        self.folder, self._preprocessing = folder, (case, organs, spacing)
-        entry = json.loads((folder / "entry.json").read_text())
-        self.counts, self._checksums = np.array(entry["counts"]), entry["checksums"]
-
-    def __getattr__(self, name: str) -> np.ndarray:
-        if name not in ARRAYS:
-            raise AttributeError(name)
-        path = self.folder / f"{name}.npy"
-        if name in self._checksums:
-            if not path.is_file() or zlib.crc32(path.read_bytes()) != self._checksums[name]:
-                tqdm.write(f"{path}: is damaged; {self.case.image} is read again", file=sys.stderr)
-                shutil.rmtree(self.folder)
-                _write_cache(self.folder, load_case(*self._preprocessing))
-            del self._checksums[name]
-        return np.load(path, mmap_mode="r")
 
 
 def load_case(case: Case, organs: Sequence[str], spacing: float) -> Volume:
@@ -97,7 +69,10 @@ def load_case(case: Case, organs: Sequence[str], spacing: float) -> Volume:
     one_hot = (torch.from_numpy(target == label).float() for label in range(len(organs) + 1))
     labels = resample_labels(one_hot, image.shape)
     labelled = labelled_organs(case, organs)
-    return make_volume(case.id, case.modality, image, labels, labelled, case)
+    volume = make_volume(case.id, case.modality, image, labels, labelled, case)
+    packed = io.BytesIO()  # most voxels are background: a hundredth of the array
+    np.savez_compressed(packed, labels=target, spacing=scan.spacing)
+    return volume._replace(target=packed.getvalue())
 
 
 def read_target(
@@ -107,10 +82,10 @@ def read_target(
 
     What was made, not read, has no other grid than the model's, of `spacing` mm.
     """
-    if volume.case is None:
+    if not volume.target:
         return volume.labels, (spacing,) * 3
-    scan, labels = read_usable(volume.case, organs)
-    return labels, scan.spacing
+    with np.load(io.BytesIO(volume.target)) as arrays:
+        return arrays["labels"], tuple(arrays["spacing"].tolist())
 
 
 def to_model_grid(scan: Scan, modality: str, spacing: float) -> np.ndarray:
@@ -180,7 +155,8 @@ def load_cases(
     cases, repeated = split_duplicates(cases)
     errors: list[Any] = list(repeated)
     volumes: dict[Path, Volume | CachedVolume] = {}
-    for case, loaded in zip(cases, in_parallel(load, cases, "reading scans"), strict=True):
+    reading = in_parallel(load, cases, "reading scans", peak_bytes(cases, spacing))
+    for case, loaded in zip(cases, reading, strict=True):
         if isinstance(loaded, DataError):
             errors.append(loaded)
         else:
@@ -194,61 +170,51 @@ def _load(
     case: Case, organs: Sequence[str], spacing: float, cache: Path | None
 ) -> Volume | CachedVolume:
     """Load one case, by way of the cache if there is one."""
+    make = functools.partial(load_case, case, organs, spacing)
     if cache is None:
-        return load_case(case, organs, spacing)
-    folder = cache / _cache_key(case, organs, spacing)
-    try:
-        return CachedVolume(folder, case, organs, spacing)
-    except (OSError, ValueError, KeyError):  # not there yet, or damaged
-        shutil.rmtree(folder, ignore_errors=True)
-        _write_cache(folder, load_case(case, organs, spacing))
-        return CachedVolume(folder, case, organs, spacing)
+        return make()
+    folder, labelled = _entry(cache, case, organs, spacing), labelled_organs(case, organs)
+    if folder.exists():
+        try:
+            return CachedVolume(folder, case, labelled, make)
+        except (OSError, ValueError, KeyError):  # damaged
+            shutil.rmtree(folder, ignore_errors=True)
+    write_entry(folder, make())
+    return CachedVolume(folder, case, labelled, make)
 
 
-def fingerprint(case: Case, organs: Sequence[str]) -> list[tuple[str, int, int]]:
-    """Path, size and time of last change of each file of a case that is there."""
-    files = [path for path in case.files(organs) if path.is_file()]
-    return [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+def _entry(cache: Path, case: Case, organs: Sequence[str], spacing: float) -> Path:
+    return cache / cache_key(case, organs, (spacing, NORMALIZATION, VOXELS_PER_ORGAN))
 
 
-def _cache_key(case: Case, organs: Sequence[str], spacing: float) -> str:
-    """A name that changes with the case's files and with every setting of its preprocessing."""
-    stamps = fingerprint(case, organs)
-    masks = [[(str(path), values) for path, values in case.masks.get(o, ())] for o in organs]
-    settings = (CACHE_FORMAT, *organs, spacing, case.modality, NORMALIZATION, VOXELS_PER_ORGAN)
-    return hashlib.sha256(repr((stamps, masks, settings)).encode()).hexdigest()[:32]
+def cache_bytes(cases: Sequence[Case], organs: Sequence[str], spacing: float) -> int:
+    """What entries for these cases will take on disk, by their headers, a little more than less."""
+    total = 0
+    for case in cases:
+        scan, volume = grid_voxels(case, spacing)
+        total += 5 * volume + scan // 50  # float32 and uint8; the target, at most
+        total += 16 * VOXELS_PER_ORGAN * len(organs) + 4096
+    return total
 
 
-def _write_cache(folder: Path, volume: Volume) -> None:
-    """Write a volume under a temporary name and rename it, so that `folder` is whole or absent."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix="tmp-"))
-    try:
-        checksums = {}
-        for name in ARRAYS:
-            np.save(temporary / f"{name}.npy", getattr(volume, name))
-            checksums[name] = zlib.crc32((temporary / f"{name}.npy").read_bytes())
-        entry = {"counts": volume.counts.tolist(), "checksums": checksums}
-        (temporary / "entry.json").write_text(json.dumps(entry))
-        temporary.rename(folder)
-    except OSError:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if not folder.is_dir():  # else another process has just written the same
-            raise
+def check_disk(cases: Sequence[Case], organs: Sequence[str], spacing: float, cache: Path) -> str:
+    """What the cache will take beyond the entries that it has, for printing; "" for nothing.
 
-
-def in_parallel(function: Callable, jobs: Sequence, what: str) -> Iterator[Any]:
-    """function(job) of every job, in order, behind a progress bar; a thread a core works on them.
-
-    Threads suffice: decompressing, NumPy and PyTorch let go of Python's lock while they compute.
+    Raises DataError if the disk does not hold it.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    pool = ThreadPoolExecutor(cores)
-    try:
-        results = pool.map(function, jobs)
-        yield from tqdm(results, total=len(jobs), desc=what, unit="scan", leave=False)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    missing = []
+    for case in cases:
+        with contextlib.suppress(DataError):  # reading will say it
+            if not _entry(cache, case, organs, spacing).exists():
+                missing.append(case)
+    if not missing:
+        return ""
+    disk = next(folder for folder in (cache, *cache.absolute().parents) if folder.is_dir())
+    free, wanted = shutil.disk_usage(disk).free, cache_bytes(missing, organs, spacing)
+    what = f"{len(missing)} preprocessed scans take {wanted / 1e9:.3g} GB in {cache}"
+    if wanted > free:
+        raise DataError(f"{what}, {free / 1e9:.3g} GB are free; name another --cache or --no-cache")
+    return f"{what}; {free / 1e9:.3g} GB are free"
 
 
 # ----------------------------------------------------------------------------------------- patches

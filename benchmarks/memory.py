@@ -15,6 +15,7 @@ import torch
 import data
 import fedgin
 from benchmarks.compare import device_argument, in_processes, settings
+from cache import CachedVolume, write_entry
 from datasets import Case
 from federated import federated_rounds
 from hospitals import Hospital
@@ -30,7 +31,7 @@ def write_cases(folder: Path) -> None:
         image, labels = phantom(0, "ct", index)
         image = data.normalize(image, "ct")
         volume = data.make_volume(str(index), "ct", image, labels, np.ones(6, bool))
-        data._write_cache(folder / str(index), volume)
+        write_entry(folder / str(index), volume)
 
 
 def train(folder: Path, hospitals: int, rounds: int, device: torch.device) -> dict:
@@ -39,7 +40,7 @@ def train(folder: Path, hospitals: int, rounds: int, device: torch.device) -> di
     config = settings("--scenario", "complete", "--local-steps", steps)
     case = Case("file", str(folder), "", "ct", "", folder, {})
     volumes = [
-        data.CachedVolume(folder / str(i), np.ones(6, bool), case._replace(id=str(i)))
+        CachedVolume(folder / str(i), case._replace(id=str(i)), np.ones(6, bool), write_cases)
         for i in range(CASES)
     ]
     split = [

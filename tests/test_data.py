@@ -1,9 +1,8 @@
-"""Cases become volumes on the model's grid, stay in the cache, and patches are drawn from them."""
+"""Cases become volumes on the model's grid, and patches are drawn from them."""
 
-import os
+import shutil
 import threading
 import time
-from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -20,8 +19,10 @@ from conftest import (
 from scipy import ndimage
 
 import data
+from cases import read_usable
 from data import (
-    in_parallel,
+    cache_bytes,
+    check_disk,
     load_case,
     load_cases,
     make_volume,
@@ -114,6 +115,23 @@ def test_resampling_agrees_with_scipy(tmp_path):
     assert spacing == pytest.approx((1.5, 2.5, 6.0))
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_what_a_case_is_scored_on_is_read_with_it_and_not_again(cached, tmp_path):
+    write_nnunet(tmp_path / "mri", "mri", 1)
+    affine = awkward_affine((1.5, 2.5, 6.0), (-1, 1, -1), (1, 2, 0))
+    for path in tmp_path.rglob("*.nii.gz"):
+        save(path, np.asarray(nibabel.load(path).dataobj)[:30, :, 3:], affine)
+    [case] = find_cases(tmp_path / "mri")
+    scan, labels = read_usable(case, ORGANS)
+    volumes, _ = load_cases([case], ORGANS, 12.0, tmp_path / "cache" if cached else None)
+    shutil.rmtree(tmp_path / "mri")
+    target, spacing = read_target(volumes[case.image], ORGANS, 12.0)
+    np.testing.assert_array_equal(target, labels)
+    assert (target.dtype, spacing) == (np.uint8, scan.spacing)
+    assert len(set(spacing)) == 3
+    assert len(volumes[case.image].target) < labels.size / 4
+
+
 def test_what_was_made_is_scored_on_the_models_grid():
     volume = make_volume("x", "ct", *phantom(1, "ct", 0), np.ones(6, bool))
     target, spacing = read_target(volume, ORGANS, 9.0)
@@ -165,95 +183,7 @@ def test_a_bad_file_is_named(name, tmp_path):
         load_case(case, ORGANS, SPACING)
 
 
-# --------------------------------------------------------------------------------------- the cache
-
-
-def test_the_cache_holds_what_would_be_read_and_notices_changes(tmp_path):
-    write_totalsegmentator(tmp_path / "ct", "ct", 2)
-    cases, cache = find_cases(tmp_path / "ct"), tmp_path / "cache"
-    volumes, _ = load_cases(cases, ORGANS, 12.0, cache)
-    for case in cases:
-        plain, cached = load_case(case, ORGANS, 12.0), volumes[case.image]
-        for name in ("image", "labels", "foreground_voxels", "labelled"):
-            np.testing.assert_array_equal(getattr(plain, name), getattr(cached, name))
-        for name in ("id", "modality", "case"):
-            assert getattr(plain, name) == getattr(cached, name)
-        assert isinstance(cached.image, np.memmap)
-        target, spacing = read_target(cached, ORGANS, 12.0)
-        assert target.shape == (32, 32, 32)
-        assert spacing == pytest.approx((SPACING,) * 3)
-    entries = sorted(path.name for path in cache.iterdir())
-    assert len(entries) == 2
-
-    stamps = {path: path.stat().st_mtime_ns for path in cache.rglob("*")}
-    load_cases(cases, ORGANS, 12.0, cache)
-    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*")} == stamps  # nothing written
-
-    load_cases(cases, ORGANS, 11.0, cache)
-    load_cases(cases, ORGANS[:2], 12.0, cache)
-    assert len(list(cache.iterdir())) == 6
-    mask = tmp_path / "ct/s0001/segmentations/liver.nii.gz"
-    save(mask, np.zeros((32, 32, 32), np.uint8))
-    again, _ = load_cases(cases, ORGANS, 12.0, cache)
-    assert len(list(cache.iterdir())) == 7
-    assert not (again[cases[1].image].labels == 1).any()
-
-
-@pytest.mark.parametrize("file", ["imagesTr/case_000_0000.nii.gz", "labelsTr/case_000.nii.gz"])
-def test_a_file_that_was_touched_is_read_again(file, tmp_path):
-    cases, cache = find_cases(write_nnunet(tmp_path / "mri", "mri", 1)), tmp_path / "cache"
-    load_cases(cases, ORGANS, 12.0, cache)
-    before = data.fingerprint(cases[0], ORGANS)
-    path = tmp_path / "mri" / file
-    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1000))  # of the same size still
-    after = data.fingerprint(cases[0], ORGANS)
-    assert [name for (name, *_), new in zip(before, after, strict=True) if new not in before] == [
-        str(path.resolve())
-    ]
-    load_cases(cases, ORGANS, 12.0, cache)
-    assert len(list(cache.iterdir())) == 2
-
-
-def test_the_order_of_organs_makes_another_entry(tmp_path):
-    cases, cache = find_cases(write_nnunet(tmp_path / "mri", "mri", 1)), tmp_path / "cache"
-    for organs in (["liver", "spleen"], ["spleen", "liver"], ["spleen"], ["liver"]):
-        volumes, _ = load_cases(cases, organs, SPACING, cache)
-        target = phantom(1, "mri", 0)[1]
-        labels = sum(n * (target == ORGANS.index(o) + 1) for n, o in enumerate(organs, start=1))
-        np.testing.assert_array_equal(volumes[cases[0].image].labels, labels)
-    assert len(list(cache.iterdir())) == 4
-
-
-def test_a_full_disk_leaves_no_half_entry(tmp_path, monkeypatch):
-    write_totalsegmentator(tmp_path / "ct", "ct", 1)
-    cases, cache, save_array = find_cases(tmp_path / "ct"), tmp_path / "cache", np.save
-
-    def full(path, array):
-        if path.name == "labels.npy":
-            raise OSError(28, "No space left on device")
-        save_array(path, array)
-
-    monkeypatch.setattr(data.np, "save", full)
-    with pytest.raises(OSError, match="No space"):
-        load_cases(cases, ORGANS, 12.0, cache)
-    assert list(cache.iterdir()) == []
-
-
-def test_an_entry_that_another_process_wrote_meanwhile_is_used(tmp_path, monkeypatch):
-    write_totalsegmentator(tmp_path / "ct", "ct", 1)
-    cases, cache = find_cases(tmp_path / "ct"), tmp_path / "cache"
-    other, _ = load_cases(cases, ORGANS, 12.0, tmp_path / "elsewhere")
-
-    def load_slowly(*args):
-        (tmp_path / "elsewhere").rename(cache)
-        return load_case(*args)
-
-    monkeypatch.setattr(data, "load_case", load_slowly)
-    volumes, left_out = load_cases(cases, ORGANS, 12.0, cache)
-    [volume], [entry] = volumes.values(), cache.iterdir()
-    assert left_out == []
-    assert (volume.folder, entry.name) == (entry, other[cases[0].image].folder.name)
-    np.testing.assert_array_equal(volume.labels, load_case(cases[0], ORGANS, 12.0).labels)
+# -------------------------------------------------------------------------------------- many cases
 
 
 def test_many_cases_come_back_in_order(tmp_path):
@@ -301,33 +231,44 @@ def test_the_first_bad_case_ends_the_reading(tmp_path, monkeypatch):
     assert len(read) == count
 
 
-def test_jobs_run_side_by_side_and_come_back_in_order(monkeypatch):
-    monkeypatch.setattr(data.os, "sched_getaffinity", lambda _: range(3), raising=False)
-    together = threading.Barrier(3, timeout=10)
-
-    def work(job):
-        together.wait()  # returns once three of them are here
-        time.sleep(0.01 * (6 - job))
-        return 10 * job
-
-    assert list(in_parallel(work, range(6), "working")) == [0, 10, 20, 30, 40, 50]
+def in_the_cache(cache):
+    return sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
 
 
-def test_whoever_stops_listening_cancels_the_jobs_to_come(monkeypatch):
-    monkeypatch.setattr(data.os, "sched_getaffinity", lambda _: range(1), raising=False)
-    done = []
+@pytest.mark.parametrize("spacing", [4.0, SPACING])
+def test_headers_tell_what_the_cache_will_take(spacing, tmp_path):
+    cases, cache = find_cases(write_totalsegmentator(tmp_path / "ct", "ct", 2)), tmp_path / "cache"
+    load_cases(cases, ORGANS, spacing, cache)
+    foreground = 2 * len(ORGANS) * 16 * data.VOXELS_PER_ORGAN  # at most, and here much of it all
+    found = in_the_cache(cache)
+    assert found <= cache_bytes(cases, ORGANS, spacing) <= 1.1 * found + foreground
 
-    def work(job):
-        done.append(job)
-        time.sleep(0.01)
 
-    results = in_parallel(work, range(1000), "working")
-    next(results)
-    results.close()
-    assert len(done) < 100
-    count = len(done)
-    time.sleep(0.05)
-    assert len(done) == count
+def test_the_disk_must_hold_what_the_cache_lacks(tmp_path, monkeypatch):
+    cases = find_cases(write_totalsegmentator(tmp_path / "ct", "ct", 3))
+    cache = tmp_path / "a/cache"
+    wanted = [cache_bytes(cases[:n], ORGANS, 2.0) for n in range(4)]
+    asked, free = [], wanted[2]
+
+    def disk_usage(path):
+        asked.append(path)
+        return shutil._ntuple_diskusage(10 * free, 9 * free, free)
+
+    monkeypatch.setattr(data.shutil, "disk_usage", disk_usage)
+    with pytest.raises(DataError, match=r"3 preprocessed .* [\d.]+ GB in .*/a/cache, [\d.]+ GB"):
+        check_disk(cases, ORGANS, 2.0, cache)
+    assert asked == [tmp_path]  # the folder that is there
+    assert check_disk(cases[:2], ORGANS, 2.0, cache).startswith("2 preprocessed scans take 0.0")
+    load_cases(cases[:1], ORGANS, 2.0, cache)
+    free = wanted[1]
+    with pytest.raises(DataError, match="2 preprocessed scans"):
+        check_disk(cases, ORGANS, 2.0, cache)
+    free = wanted[2]
+    assert check_disk(cases, ORGANS, 2.0, cache).startswith("2 preprocessed scans")
+    assert check_disk(cases[:1], ORGANS, 2.0, cache) == ""
+    assert asked[-1] == cache
+    truncate(cases[1].image)  # which reading will say
+    assert check_disk(cases, ORGANS, 2.0, cache).startswith("2 preprocessed scans")
 
 
 # ----------------------------------------------------------------------------------------- patches
@@ -437,34 +378,3 @@ def test_every_part_of_a_batch_is_pinned_if_wanted(monkeypatch):
     pinned = list(prefetch(iter(batches), pin=True))
     for a, b in zip(batches, pinned, strict=True):
         assert all(torch.equal(x + 1, y) for x, y in zip(a, b, strict=True))
-
-
-def flip(path):
-    content = bytearray(path.read_bytes())
-    content[-3] ^= 16
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize("name", ["image", "labels", "foreground_voxels", "entry"])
-@pytest.mark.parametrize("spoil", [Path.unlink, truncate, flip, lambda p: p.write_bytes(b"")])
-def test_a_damaged_entry_of_the_cache_is_made_anew(name, spoil, tmp_path, capsys):
-    cases = find_cases(write_nnunet(tmp_path / "mri", "mri", 1))
-    plain = load_case(cases[0], ORGANS, 12.0)
-    load_cases(cases, ORGANS, 12.0, tmp_path / "cache")
-    [path] = (tmp_path / "cache").rglob(f"{name}.*")
-    spoil(path)
-    volumes, _ = load_cases(cases, ORGANS, 12.0, tmp_path / "cache")
-    [volume] = volumes.values()
-    for array in ("image", "labels", "foreground_voxels", "counts"):
-        np.testing.assert_array_equal(getattr(volume, array), getattr(plain, array))
-    if name != "entry":
-        assert f"{name}.npy: is damaged; {cases[0].image} is read again" in capsys.readouterr().err
-
-
-def test_a_cache_that_goes_with_its_scan_names_it(tmp_path):
-    cases = find_cases(write_nnunet(tmp_path / "mri", "mri", 1))
-    volumes, _ = load_cases(cases, ORGANS, 12.0, tmp_path / "cache")
-    for path in [*(tmp_path / "cache").rglob("image.npy"), cases[0].image]:
-        path.unlink()
-    with pytest.raises(DataError, match="case_000_0000.nii.gz: missing"):
-        next(patches(list(volumes.values()), 8, 1, 1, torch.Generator().manual_seed(0)))

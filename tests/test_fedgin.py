@@ -5,7 +5,6 @@ import functools
 import itertools
 import json
 import math
-import os
 import re
 import resource
 import runpy
@@ -886,16 +885,18 @@ def test_a_scan_that_is_gone_when_it_is_tested(scans, tmp_path, monkeypatch, cap
     shutil.copytree(args[1].parent, copies, copy_function=shutil.copy2)
     args = [copies / arg.name if isinstance(arg, Path) else arg for arg in args]
     masks = sorted(copies.rglob("liver.nii.gz"))
-    kept = {path: (path.read_bytes(), path.stat()) for path in masks}
+    kept = {path: path.read_bytes() for path in masks}
+
+    def spoil():
+        """The labels that were kept for the test, and the files that they were read from."""
+        for path in [*(tmp_path / "cache").rglob("target.npz"), *masks]:
+            truncate(path)
 
     def repair():
-        for path, (content, stat) in kept.items():
+        for path, content in kept.items():
             path.write_bytes(content)
-            os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
-    After(
-        monkeypatch, 5, lambda: [truncate(path) for path in masks]
-    )  # 4 rounds and the arm's model
+    After(monkeypatch, 5, spoil)  # 4 rounds and the arm's model
     message = ["seed 42", "arm fl", "liver.nii.gz: cannot be read"]
     fails_then_resumes(args, calm, tmp_path, capsys, message, repair)
 
