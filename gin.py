@@ -54,8 +54,9 @@ def gin(
     with torch.autocast(x.device.type, enabled=False):
         image = x.float()
         channels = [x.shape[1]] + [hidden_channels] * (n_layers - 1) + [x.shape[1]]
-        g = _random_network(image, channels, kernel_sizes, generator)
-        alpha = _draw(torch.rand, (len(x),) + (1,) * (x.ndim - 1), x.device, generator)
+        drawn = _draw_all(image, channels, kernel_sizes, generator)
+        *weights, alpha = _send(drawn, x.device)
+        g = _network(image, weights)  # g(x)
         mixed = alpha * g + (1 - alpha) * image
         return (mixed * (_norm(image) / (_norm(mixed) + 1e-5))).to(x.dtype)
 
@@ -93,7 +94,8 @@ class GIN(nn.Module):
         if self.p == 1:
             return redrawn
         shape = (len(x),) + (1,) * (x.ndim - 1)
-        return torch.where(_draw(torch.rand, shape, x.device, self.generator) < self.p, redrawn, x)
+        [drawn] = _send([_draw(torch.rand, shape, self.generator)], x.device)
+        return torch.where(drawn < self.p, redrawn, x)
 
 
 def _check(n_layers: int, hidden_channels: int, kernel_sizes: tuple[int, ...]) -> None:
@@ -102,36 +104,51 @@ def _check(n_layers: int, hidden_channels: int, kernel_sizes: tuple[int, ...]) -
         raise ValueError("gin needs n_layers ≥ 1, hidden_channels ≥ 1 and odd kernel sizes")
 
 
-def _random_network(
-    h: Tensor, channels: list[int], kernel_sizes: tuple[int, ...], generator: Generator
-) -> Tensor:
-    """Send each image of (B, C, *space) through random convolutions and LeakyReLUs of its own."""
-    batch, space = len(h), h.shape[2:]
+def _draw_all(
+    x: Tensor, channels: list[int], kernel_sizes: tuple[int, ...], generator: Generator
+) -> list[Tensor]:
+    """The kernels and biases of each layer, those of all images together, and α."""
+    batch, axes, drawn = len(x), x.ndim - 2, []
+    for c_in, c_out in itertools.pairwise(channels):
+        k = kernel_sizes[int(_draw(torch.randint, (1,), generator, len(kernel_sizes)))]
+        drawn.append(_draw(torch.randn, (batch * c_out, c_in) + (k,) * axes, generator))
+        drawn.append(_draw(torch.randn, (batch * c_out,), generator))
+    drawn.append(_draw(torch.rand, (batch,) + (1,) * (x.ndim - 1), generator))
+    return drawn
+
+
+def _network(h: Tensor, weights: list[Tensor]) -> Tensor:
+    """Send each image of (B, C, *space) through convolutions and LeakyReLUs of its own."""
+    batch, channels, *space = h.shape
     # The images side by side as channels of one image, each in a group of its own: one call a
     # layer, and no kernel ever sees two images. On the CPU channels-last is the faster layout.
-    h = h.reshape(1, batch * channels[0], *space)
+    h = h.reshape(1, batch * channels, *space)
     if h.device.type == "cpu" and len(space) > 1:
         h = h.contiguous(memory_format=CHANNELS_LAST[len(space)])
-    for layer, (c_in, c_out) in enumerate(itertools.pairwise(channels)):
-        k = kernel_sizes[int(_draw(torch.randint, (1,), "cpu", generator, len(kernel_sizes)))]
-        kernels = _draw(torch.randn, (batch * c_out, c_in) + (k,) * len(space), h.device, generator)
-        biases = _draw(torch.randn, (batch * c_out,), h.device, generator)
+    for layer, (kernels, biases) in enumerate(zip(weights[::2], weights[1::2], strict=True)):
         if layer > 0:
             h = F.leaky_relu_(h, 0.01)
-        h = CONVOLUTION[len(space)](h, kernels, biases, padding=k // 2, groups=batch)
-    return h.reshape(batch, channels[-1], *space).contiguous()
+        padding = kernels.shape[-1] // 2
+        h = CONVOLUTION[len(space)](h, kernels, biases, padding=padding, groups=batch)
+    return h.reshape(batch, -1, *space).contiguous()
 
 
-def _draw(
-    sampler: Callable, shape: tuple[int, ...], device: Any, generator: Generator, *bounds: int
-) -> Tensor:
+def _draw(sampler: Callable, shape: tuple[int, ...], generator: Generator, *bounds: int) -> Tensor:
     """Draw where the generator lives, so that one seed gives the same numbers on every device."""
     if generator is None:  # not passed on: torch.compile takes no generator beside a symbolic size
-        drawn = sampler(*bounds, shape, device="cpu")
-    else:
-        drawn = sampler(*bounds, shape, generator=generator, device=generator.device)
+        return sampler(*bounds, shape, device="cpu")
+    return sampler(*bounds, shape, generator=generator, device=generator.device)
+
+
+def _send(drawn: list[Tensor], device: torch.device) -> list[Tensor]:
+    """Bring tensors to a device in a single copy."""
+    if drawn[0].device == device:
+        return drawn
+    packed = torch.cat([part.flatten() for part in drawn])
     # A copy to the CPU that is not waited for may be read before it has arrived.
-    return drawn.to(device, non_blocking=drawn.device.type == "cpu")
+    packed = packed.to(device, non_blocking=packed.device.type == "cpu")
+    parts = packed.split([part.numel() for part in drawn])
+    return [part.view(like.shape) for part, like in zip(parts, drawn, strict=True)]
 
 
 def _norm(x: Tensor) -> Tensor:

@@ -225,6 +225,33 @@ def test_draws_are_the_cpus_whatever_the_default_device(generator):
     assert torch.equal(*found)
 
 
+def test_all_draws_reach_a_device_in_a_single_copy(monkeypatch):
+    """The meta device stands in for a GPU: it takes tensors, though no numbers."""
+    module, sent, copies = sys.modules["gin"], [], []
+    send, to = module._send, torch.Tensor.to
+    monkeypatch.setattr(module, "_send", lambda *args: sent.append(args[0]) or send(*args))
+    GIN(kernel_sizes=(3,))(torch.randn(2, 1, 6, 6, 6))
+    [drawn] = sent
+    assert sum(part.numel() for part in drawn) == 2 * (27 * (2 + 4 + 4 + 2) + 2 + 2 + 2 + 1 + 1)
+
+    def counted(tensor, *args, **kwargs):
+        copies.append(tensor.shape)
+        return to(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", counted)
+    received = send(drawn, torch.device("meta"))
+    assert copies == [(sum(part.numel() for part in drawn),)]
+    assert [part.shape for part in received] == [part.shape for part in drawn]
+
+
+def test_what_is_sent_together_arrives_as_it_was():
+    sent = [torch.randn(shape) for shape in ((4, 1, 3, 3), (4,), (), (2, 1, 1))]
+    received = sys.modules["gin"]._send(sent, "cpu")  # a name equals no device, so it is packed
+    for a, b in zip(sent, received, strict=True):
+        assert torch.equal(a, b)
+    assert len({part.untyped_storage().data_ptr() for part in received}) == 1
+
+
 def test_module_is_the_identity_in_eval_mode_and_at_p_0():
     x = torch.randn(2, 1, 6, 6, 6)
     assert GIN().eval()(x) is x
