@@ -10,7 +10,7 @@ from benchmarks.compare import alternate, device_argument, report
 from evaluate import mixed_precision
 from federated import train_locally
 from gin import gin
-from unet3d import UNet3D
+from unet3d import UNet3D, memory_format
 
 
 def naive(x: torch.Tensor) -> torch.Tensor:
@@ -54,7 +54,7 @@ def main() -> None:
         calls, repeats = (2, 2) if slow else (20, 5)
         x = torch.randn(2, 1, patch, patch, patch, device=device)
         targets = torch.randint(6, (2, patch, patch, patch), device=device)
-        model = UNet3D(1, 6, width, depth).to(device, memory_format=torch.channels_last_3d)
+        model = UNet3D(1, 6, width, depth).to(device, memory_format=memory_format(device))
 
         def steps(m=model, batches=((x, targets),) * calls):
             train_locally(m, batches, F.cross_entropy, lr=1e-3, autocast=autocast)

@@ -8,7 +8,7 @@ from monai.inferers import sliding_window_inference
 
 from benchmarks.compare import alternate, device_argument, report
 from evaluate import mixed_precision, sliding_window
-from unet3d import UNet3D
+from unet3d import UNet3D, memory_format
 
 PATCH = 64  # both put its windows at the same places in this volume
 
@@ -16,7 +16,7 @@ PATCH = 64  # both put its windows at the same places in this volume
 def main() -> None:
     device = device_argument(__doc__)
     torch.manual_seed(0)
-    model = UNet3D(1, 6, width=8, depth=4).to(device, memory_format=torch.channels_last_3d).eval()
+    model = UNet3D(1, 6, width=8, depth=4).to(device, memory_format=memory_format(device)).eval()
     volume = torch.randn(1, 256, 256, 160, device=device)
     dtype = mixed_precision(device)
 

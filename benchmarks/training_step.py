@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.compare import alternate, device_argument, report
 from evaluate import mixed_precision
 from federated import train_locally
-from unet3d import UNet3D
+from unet3d import UNet3D, memory_format
 
 CASES = ((16, 48, 8), (32, 48, 4), (16, 64, 4), (16, 96, 2), (32, 96, 2))  # width, patch, repeats
 
@@ -39,7 +39,7 @@ def main() -> None:
     for width, patch, repeats in CASES:
         x = torch.randn(2, 1, patch, patch, patch, device=device)
         batch = x, torch.randint(6, (2, patch, patch, patch), device=device)
-        ours = UNet3D(1, 6, width, depth=5).to(device, memory_format=torch.channels_last_3d)
+        ours = UNet3D(1, 6, width, depth=5).to(device, memory_format=memory_format(device))
         # BasicUNet does not halve the channels of its last upsampling; with 3/4 of the width behind
         # it, it has slightly fewer multiply-adds than ours.
         features = [width * 2**i for i in range(5)] + [width * 3 // 4]

@@ -4,9 +4,10 @@ import pytest
 import torch
 from monai.networks.nets import BasicUNet
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from unet3d import UNet3D
+from unet3d import InstanceNorm, UNet3D, memory_format
 
 
 @pytest.mark.parametrize(
@@ -153,3 +154,29 @@ def test_channels_last_gives_the_same():
     expected = model(image)
     model.to(memory_format=torch.channels_last_3d)
     torch.testing.assert_close(model(image), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_layout_is_the_devices():
+    assert memory_format(torch.device("cpu")) == torch.channels_last_3d
+    assert memory_format(torch.device("cuda", 1)) == torch.contiguous_format
+
+
+@torch.no_grad()
+def test_on_cuda_normalization_keeps_bfloat16_where_group_norm_would_not():
+    """By PyTorch's fake tensors, which know devices, dtypes and layouts, and need no GPU."""
+    found = {}
+    with FakeTensorMode(), torch.device("cuda"):
+        torch.set_autocast_enabled("cuda", True)
+        torch.set_autocast_dtype("cuda", torch.bfloat16)
+        try:
+            for kind in (InstanceNorm, nn.GroupNorm):
+                x = torch.empty(2, 8, 4, 6, 5, dtype=torch.bfloat16)
+                x = x.to(memory_format=torch.channels_last_3d)
+                y = kind(8, 8)(x)
+                found[kind] = (y.shape == x.shape, y.dtype, y.is_contiguous())
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+    assert found == {
+        InstanceNorm: (True, torch.bfloat16, True),
+        nn.GroupNorm: (True, torch.float32, True),
+    }
