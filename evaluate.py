@@ -1,6 +1,7 @@
 """Run a model that sees patches over whole volumes, and score label maps.
 
-Sliding window with Gaussian blending; Dice, HD95 and NSD in millimetres, by MONAI's definitions.
+Sliding window with Gaussian blending; Dice, HD95 and NSD in millimetres, by MONAI's definitions;
+and on which device and in which precision to run it.
 
     import torch
     from evaluate import dice, sliding_window
@@ -9,8 +10,10 @@ Sliding window with Gaussian blending; Dice, HD95 and NSD in millimetres, by MON
     print(dice(logits.argmax(0) == 1, logits[1] > 0))  # 1.0
 """
 
+import functools
 import itertools
 import math
+import sys
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -189,7 +192,51 @@ def score_case(
     return scores
 
 
+# -------------------------------------------------------------------------------------- the device
+
+
+def choose_device(index: int = 0) -> torch.device:
+    """The GPU of this number, counted round where there are fewer; without one, the CPU.
+
+    The GPU becomes the current one, and cuDNN tries its algorithms out, as patches have one size.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", index % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    torch.backends.cudnn.benchmark = True
+    return device
+
+
+@functools.cache
 def mixed_precision(device: torch.device) -> torch.dtype | None:
-    """bfloat16 where the GPU computes in it; None, that is float32, elsewhere."""
-    capable = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if capable else None
+    """bfloat16 where the GPU computes in it, and rightly; None, that is float32, elsewhere.
+
+    What speaks against bfloat16 is printed, once a process.
+    """
+    if device.type != "cuda" or not torch.cuda.is_bf16_supported(including_emulation=False):
+        return None
+    if problem := bfloat16_problem(device):
+        print(f"{problem}: computing in float32, slower", file=sys.stderr)
+        return None
+    return torch.bfloat16
+
+
+def bfloat16_problem(device: torch.device) -> str:
+    """What is wrong with 3D convolutions in bfloat16 on a device; "" if nothing is known to be.
+
+    With cuDNN 9.8 to 9.14 large ones gave wrong numbers (pytorch#163539), for which PyTorch takes
+    a way around cuDNN that is slow and large (pytorch#166122, #166643). Others are tried out.
+    """
+    cudnn = torch.backends.cudnn.version() or 0
+    if 90800 <= cudnn < 91500:
+        version = f"{cudnn // 10000}.{cudnn // 100 % 100}"
+        return f"bfloat16 convolutions are wrong or slow with cuDNN {version}; 9.15 mends them"
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 16, 12, 12, 12, generator=generator).bfloat16()
+    kernel = torch.randn(16, 16, 3, 3, 3, generator=generator).bfloat16()
+    expected = F.conv3d(x.float(), kernel.float(), padding=1)
+    found = F.conv3d(x.to(device), kernel.to(device), padding=1).cpu()
+    error = float((found - expected).abs().max() / expected.abs().max())
+    # Its rounding alone is 2^-9 to 2^-8 of a value.
+    return "" if error < 0.01 else f"a convolution in bfloat16 is off by {error:.1%} on {device}"

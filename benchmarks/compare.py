@@ -20,13 +20,17 @@ import torch
 
 import fedgin
 from config import Config
+from evaluate import choose_device
 from hospitals import Hospital, load_hospitals
 
 
 def device_argument(description: str) -> torch.device:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    device = torch.device(parser.parse_args().device)
+    wanted = parser.parse_args().device
+    device = choose_device() if wanted == "cuda" else torch.device("cpu")
+    if device.type != wanted:
+        parser.error("--device cuda: PyTorch sees no GPU")
     name = torch.cuda.get_device_name() if device.type == "cuda" else processor()
     print(f"{name}, Python {platform.python_version()}, PyTorch {torch.__version__}", flush=True)
     return device

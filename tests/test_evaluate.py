@@ -9,8 +9,19 @@ from monai.inferers import sliding_window_inference
 from monai.metrics import compute_dice, compute_hausdorff_distance, compute_surface_dice
 from scipy import ndimage
 from torch import nn
+from torch.nn import functional as F
 
-from evaluate import dice, hd95, mixed_precision, nsd, score_case, sliding_window
+import evaluate
+from evaluate import (
+    bfloat16_problem,
+    choose_device,
+    dice,
+    hd95,
+    mixed_precision,
+    nsd,
+    score_case,
+    sliding_window,
+)
 
 
 def count_dice(prediction, target):
@@ -278,4 +289,58 @@ def test_mixed_precision_is_for_gpus_that_compute_in_it(
         return emulated if including_emulation else native
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
-    assert mixed_precision(torch.device(device)) is dtype
+    monkeypatch.setattr(evaluate, "bfloat16_problem", lambda device: "")
+    assert mixed_precision.__wrapped__(torch.device(device)) is dtype
+
+
+def test_a_gpu_that_computes_wrong_in_bfloat16_is_left_to_float32_and_it_is_said(
+    monkeypatch, capsys
+):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr(evaluate, "bfloat16_problem", lambda d: asked.append(d) or "it is wrong")
+    mixed_precision.cache_clear()
+    for _ in range(2):
+        assert mixed_precision(torch.device("cuda")) is None
+    mixed_precision.cache_clear()
+    assert asked == [torch.device("cuda")]
+    assert capsys.readouterr().err == "it is wrong: computing in float32, slower\n"
+
+
+@pytest.mark.parametrize(
+    ("version", "refused"),
+    [(None, ""), (90701, ""), (90800, "9.8"), (91002, "9.10"), (91400, "9.14"), (91500, "")],
+)
+def test_versions_known_to_be_wrong_in_bfloat16_are_refused(version, refused, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
+    problem = bfloat16_problem(torch.device("cpu"))
+    assert problem == "" or f"cuDNN {refused};" in problem
+    assert bool(problem) == bool(refused)
+
+
+def test_a_wrong_convolution_in_bfloat16_is_noticed(monkeypatch):
+    """As in pytorch#163539: a part of the output is not what it should be."""
+    conv3d = F.conv3d
+
+    def wrong(x, *args, **kwargs):
+        found = conv3d(x, *args, **kwargs)
+        if x.dtype == torch.bfloat16:
+            found[0, 3, 2, 5, 5] = 0
+            found[1, :, 2:] *= 1.05
+        return found
+
+    monkeypatch.setattr(F, "conv3d", wrong)
+    assert "a convolution in bfloat16 is off by" in bfloat16_problem(torch.device("cpu"))
+
+
+def test_the_device_is_a_gpu_where_there_is_one(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device(3) == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    assert [choose_device(), choose_device(3)] == [torch.device("cuda", n) for n in (0, 1)]
+    assert chosen == [torch.device("cuda", n) for n in (0, 1)]
+    assert torch.backends.cudnn.benchmark
