@@ -6,6 +6,7 @@ Where there are labels it prints scores and writes them to scores.csv.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
@@ -24,25 +25,48 @@ from cases import read_usable
 from config import is_out_of_memory, run_command
 from data import NORMALIZATION, labelled_organs, to_model_grid
 from datasets import LAYOUTS, Case, DataError, find_cases
-from evaluate import mixed_precision, score_case, sliding_window
+from evaluate import choose_device, mixed_precision, score_case, sliding_window
 from nifti import read_nifti, resample_labels, write_nifti
 from results import read, write
 from tables import list_scores, tables
-from unet3d import UNet3D
+from unet3d import UNet3D, memory_format
 
 
 def segment(model: nn.Module, image: np.ndarray, patch: int, size: Sequence[int]) -> np.ndarray:
     """Label map of a normalized image (D, H, W), brought from the model's grid to `size` voxels.
 
     The model runs where it is, in mixed precision where that pays; the logits are put together
-    there as well if its free memory holds them, and on the CPU otherwise.
+    there as well if its memory holds them, and on the CPU otherwise.
     """
     device = next(model.parameters()).device
-    cuda = device.type == "cuda"
-    fits = cuda and torch.cuda.mem_get_info(device)[0] > 20 * image.nbytes
-    volume = torch.tensor(image)[None].to(device if fits else "cpu")
-    dtype = mixed_precision(device)
     model.eval()
+    if has_room(device, image, size):
+        with contextlib.suppress(torch.cuda.OutOfMemoryError):
+            return _segment(model, image, patch, size, device)
+    return _segment(model, image, patch, size, torch.device("cpu"))
+
+
+def has_room(device: torch.device, image: np.ndarray, size: Sequence[int]) -> bool:
+    """Whether a device is a GPU whose memory holds an image's logits, also on a grid of `size`.
+
+    On the model's grid these are up to 16 classes and 4 more arrays of float32; on the scan's, one
+    class at a time, three such arrays and two of bytes (nifti.resample_labels). What PyTorch keeps
+    for itself and does not use is free as well.
+    """
+    if device.type != "cuda":
+        return False
+    wanted = 20 * image.nbytes + 14 * math.prod(size)
+    free, _ = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free + unused > wanted
+
+
+def _segment(
+    model: nn.Module, image: np.ndarray, patch: int, size: Sequence[int], blend_on: torch.device
+) -> np.ndarray:
+    device = next(model.parameters()).device
+    dtype = mixed_precision(device)
+    volume = torch.tensor(image)[None].to(blend_on)
     with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
         logits = sliding_window(lambda patches: model(patches.to(device)), volume, patch)
     return resample_labels(logits, size)
@@ -68,7 +92,7 @@ def load_model(path: Path, device: torch.device) -> tuple[nn.Module, dict]:
         raise DataError(f"{path}: no checkpoint of fedgin.py ({message})") from error
     if normalization != NORMALIZATION:
         raise DataError(f"{path}: was trained with another normalization: {normalization}")
-    model.to(device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    model.to(device, memory_format=memory_format(device))  # type: ignore[call-overload]
     return model, model_config
 
 
@@ -189,7 +213,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> int:
     """Segment every scan that can be; 1 if one could not."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device()
     model, model_config = load_model(args.checkpoint, device)
     scans = find_scans(args.images, args.out, args.modality, args.layout)
     organs = model_config["organs"]

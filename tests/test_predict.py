@@ -89,6 +89,50 @@ def test_a_volume_is_segmented_as_by_monai_and_brought_to_the_scans_grid():
     np.testing.assert_array_equal(labels[clear], logits.argmax(0).numpy()[clear])
 
 
+class OutOfMemoryOnce(Threshold):
+    """The memory of a GPU is full in the middle of the first attempt."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        if self.calls == 3:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return super().forward(x)
+
+
+def test_what_does_not_fit_a_gpu_is_put_together_on_the_cpu(monkeypatch):
+    image = np.random.default_rng(0).uniform(-1, 5, (20, 31, 7)).astype(np.float32)
+    expected = predict.segment(Threshold(), image, 8, (40, 31, 20))
+    monkeypatch.setattr(predict, "has_room", lambda *_: True)
+    model = OutOfMemoryOnce()
+    np.testing.assert_array_equal(predict.segment(model, image, 8, (40, 31, 20)), expected)
+    assert model.calls > 6
+    monkeypatch.setattr(predict, "has_room", lambda *_: False)
+    with pytest.raises(torch.cuda.OutOfMemoryError):  # nothing is left to try
+        predict.segment(OutOfMemoryOnce(), image, 8, (40, 31, 20))
+
+
+def test_room_on_a_gpu_is_for_both_grids_and_pytorchs_own_memory_counts(monkeypatch):
+    image, size = np.zeros((10, 10, 10), np.float32), (100, 100, 50)
+    taken = {}
+    for name in ("mem_get_info", "memory_reserved", "memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda device, name=name: taken[name])
+
+    def room(free, reserved, allocated, size=size):
+        taken.update(mem_get_info=(free, 10**12), memory_reserved=reserved)
+        taken.update(memory_allocated=allocated)
+        return predict.has_room(torch.device("cuda"), image, size)
+
+    wanted = 20 * 4 * 10**3 + 14 * 500_000
+    assert room(wanted + 1, 0, 0)
+    assert not room(wanted, 0, 0)
+    assert not room(wanted, 10**9, 10**9)
+    assert room(1, wanted + 10**6, 10**6)
+    assert room(20 * 4 * 10**3 + 14 * 10**3 + 1, 0, 0, image.shape)
+    assert not predict.has_room(torch.device("cpu"), image, size)
+
+
 def test_a_checkpoint_gives_its_model_back(checkpoint):
     model, model_config = predict.load_model(checkpoint, CPU)
     weights = torch.load(checkpoint, weights_only=True)["weights"]
