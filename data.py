@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cache import CachedVolume, cache_key, fingerprint, write_entry  # noqa: F401
+from cache import CachedVolume, cache_key, write_entry
 from cases import read_usable, split_duplicates
 from config import is_out_of_memory
 from datasets import Case, DataError
@@ -76,7 +76,7 @@ def load_case(case: Case, organs: Sequence[str], spacing: float) -> Volume:
 
 
 def read_target(
-    volume: Volume | CachedVolume, organs: Sequence[str], spacing: float
+    volume: Volume | CachedVolume, spacing: float
 ) -> tuple[np.ndarray, tuple[float, ...]]:
     """The labels of a case on its scan's own grid, on which it is scored, and that grid's spacing.
 

@@ -27,14 +27,14 @@ import results
 from arms import Arm, choose_cases, label_arms, taking_part
 from config import Config, describe, how_to_go_on, make_parser, run_command, to_config
 from data import Volume
-from evaluate import dice, mixed_precision, score_case
+from evaluate import choose_device, dice, mixed_precision, score_case
 from federated import Client, State, federated_rounds, train_locally, weighted_average
 from gin import GIN
 from hospitals import Hospital, load_hospitals, record, trainable, validation_cases
 from predict import segment
 from progress import Progress, count_steps, name_training
 from tables import mean
-from unet3d import UNet3D
+from unet3d import UNet3D, memory_format
 
 CPU = torch.device("cpu")
 Watch = Callable[[Iterable, str], Iterable]
@@ -154,7 +154,7 @@ def make_model(
         torch.manual_seed(seed)
         model = UNet3D(1, len(config.organs) + 1, config.width, config.depth)
     model.load_state_dict(weights or model.state_dict())
-    return model.to(device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    return model.to(device, memory_format=memory_format(device))  # type: ignore[call-overload]
 
 
 def segmentation_loss(
@@ -258,7 +258,7 @@ def test(
         for hospital, case in watch(cases, "testing"):
             about = {"hospital": hospital.name, "scanner": "own" if hospital.modality else "other"}
             about |= {"modality": case.modality, "case": case.id}
-            target, spacing = data.read_target(case, config.organs, config.spacing)
+            target, spacing = data.read_target(case, config.spacing)
             prediction = segment(model, case.image, config.patch, target.shape)
             yield about, prediction, target, spacing, case.labelled
 
@@ -273,7 +273,7 @@ def run(config: Config) -> None:
     config = dataclasses.replace(config, arms=config.arms or arms.SCENARIOS[config.scenario])
     results.check_out(config)
     arms.check_arms(config, trainable(config))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device()
     print(describe(config, device))
     by_seed, notes = load_hospitals(config)
     first = by_seed[config.seeds[0]]
@@ -283,6 +283,7 @@ def run(config: Config) -> None:
     with results.open_run(config, record(by_seed, config.organs)) as folder:
         everything = itertools.product(config.seeds, label_arms(config))
         todo = [training for training in everything if not folder.is_finished(*training)]
+        print(f"{len(todo)} trainings of {config.rounds} rounds to do", flush=True)
         with Progress(
             sum(count_steps(config, *t, by_seed[t[0]], folder) for t in todo)
         ) as progress:

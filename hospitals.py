@@ -16,8 +16,9 @@ import numpy as np
 import torch
 
 import phantom
+from cache import fingerprint
 from config import Config
-from data import Volume, fingerprint, generator, load_cases, make_volume, normalize
+from data import Volume, check_disk, generator, load_cases, make_volume, normalize
 from datasets import SPLITS, Case, DataError, check_organs, find_cases, split_cases
 
 PHANTOM_SPLITS = {"train": range(12), "val": range(12, 16), "test": range(16, 24)}  # a modality
@@ -58,6 +59,8 @@ def load_hospitals(
             check_organs(labelled, config.organs, config.partial_labels)
         cases = [case for source in sources for case in source.cases]
         cache = None if config.no_cache else Path(config.cache)
+        if cache and (wanted := check_disk(cases, config.organs, config.spacing, cache)):
+            print(wanted)
         volumes, left_out = load_cases(cases, config.organs, config.spacing, cache, config.skip_bad)
         notes = [f"left out: {reason}" for reason in left_out] + warn_of_copies(sources)
     by_seed: dict[int, list[Hospital]] = {}

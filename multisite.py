@@ -31,6 +31,7 @@ import fedgin
 import results
 from config import NOT_COMPARED, Config, describe, how_to_go_on, make_parser, run_command, to_config
 from datasets import DataError, check_organs
+from evaluate import choose_device
 from federated import State, weighted_average
 from hospitals import Hospital, load_hospitals, record
 from progress import Progress, count_steps
@@ -206,10 +207,7 @@ def unpack(vector: Tensor, like: State) -> dict[str, Tensor]:
 
 def run(config: Config, name: str, timeout: float) -> None:
     """Train one model with the other ranks, test it on this hospital's cases, keep both."""
-    local_rank = int(os.environ["LOCAL_RANK"])
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    device = choose_device(int(os.environ["LOCAL_RANK"]))
     print(describe(config, device))
     [seed], [arm] = config.seeds, arms.label_arms(config)
     with Peers(name, timeout) as peers:

@@ -113,7 +113,8 @@ def liver_slice(modality: str) -> tuple[np.ndarray, int, torch.Tensor]:
 def blend(x: torch.Tensor, alpha: float, kernel_sizes: tuple[int, ...], seed: int) -> torch.Tensor:
     """gin of (1, C, D, H, W), but for α, which is given instead of drawn."""
     draws, channels = torch.Generator().manual_seed(seed), [x.shape[1], 2, 2, 2, x.shape[1]]
-    m = alpha * gin._random_network(x, channels, kernel_sizes, draws) + (1 - alpha) * x
+    *weights, _ = gin._draw_all(x, channels, kernel_sizes, draws)
+    m = alpha * gin._network(x, weights) + (1 - alpha) * x
     return m * x.norm() / (m.norm() + 1e-5)
 
 

@@ -143,7 +143,7 @@ def test_the_cache_holds_what_would_be_read_and_notices_changes(tmp_path):
         for name in ("id", "modality", "case"):
             assert getattr(plain, name) == getattr(cached, name)
         assert isinstance(cached.image, np.memmap)
-        target, spacing = read_target(cached, ORGANS, 12.0)
+        target, spacing = read_target(cached, 12.0)
         scan, expected = read_usable(case, ORGANS)
         np.testing.assert_array_equal(target, expected)
         assert (target.dtype, spacing) == (np.uint8, scan.spacing)
@@ -259,7 +259,7 @@ def test_a_damaged_entry_of_the_cache_is_made_anew(name, spoil, tmp_path, capsys
     [volume] = volumes.values()
     for array in ARRAYS:
         np.testing.assert_array_equal(getattr(volume, array), getattr(plain, array))
-    target, _ = read_target(volume, ORGANS, 12.0)
+    target, _ = read_target(volume, 12.0)
     np.testing.assert_array_equal(target, phantom(1, "mri", 0)[1])
     if name != "entry":
         assert f"{path.name}: is damaged; {cases[0].image} is read again" in capsys.readouterr().err

@@ -56,7 +56,7 @@ def test_a_written_phantom_comes_back(layout, modality, tmp_path):
         volume = load_case(case, ORGANS, SPACING)
         assert (volume.id, volume.modality, volume.case) == (case.id, modality, case)
         np.testing.assert_array_equal(volume.labels, labels)
-        np.testing.assert_array_equal(read_target(volume, ORGANS, SPACING)[0], labels)
+        np.testing.assert_array_equal(read_target(volume, SPACING)[0], labels)
         np.testing.assert_allclose(volume.image, normalize(image, modality), atol=1e-4)
         assert volume.labelled.all()
 
@@ -110,7 +110,7 @@ def test_resampling_agrees_with_scipy(tmp_path):
     inside = ndimage.map_coordinates((image > 0.1).astype(float), grid, order=1, mode="nearest")
     clear = abs(inside - 0.5) > 1e-3
     np.testing.assert_array_equal(volume.labels[clear], (inside > 0.5)[clear])
-    target, spacing = read_target(volume, ORGANS[:1], 3.0)
+    target, spacing = read_target(volume, 3.0)
     np.testing.assert_array_equal(target, image > 0.1)
     assert spacing == pytest.approx((1.5, 2.5, 6.0))
 
@@ -125,7 +125,7 @@ def test_what_a_case_is_scored_on_is_read_with_it_and_not_again(cached, tmp_path
     scan, labels = read_usable(case, ORGANS)
     volumes, _ = load_cases([case], ORGANS, 12.0, tmp_path / "cache" if cached else None)
     shutil.rmtree(tmp_path / "mri")
-    target, spacing = read_target(volumes[case.image], ORGANS, 12.0)
+    target, spacing = read_target(volumes[case.image], 12.0)
     np.testing.assert_array_equal(target, labels)
     assert (target.dtype, spacing) == (np.uint8, scan.spacing)
     assert len(set(spacing)) == 3
@@ -134,7 +134,7 @@ def test_what_a_case_is_scored_on_is_read_with_it_and_not_again(cached, tmp_path
 
 def test_what_was_made_is_scored_on_the_models_grid():
     volume = make_volume("x", "ct", *phantom(1, "ct", 0), np.ones(6, bool))
-    target, spacing = read_target(volume, ORGANS, 9.0)
+    target, spacing = read_target(volume, 9.0)
     np.testing.assert_array_equal(target, phantom(1, "ct", 0)[1])
     assert spacing == (9.0, 9.0, 9.0)
 

@@ -141,8 +141,7 @@ def test_a_scans_right_is_on_the_pictures_left_however_it_is_stored(flips, order
 def test_blend_is_gin_for_the_alpha_that_gin_draws():
     x = torch.from_numpy(normalize(phantom(1, "ct", 0)[0], "ct"))[None, None]
     draws = torch.Generator().manual_seed(5)
-    gin._random_network(x, [1, 2, 2, 2, 1], (1, 3), draws)  # leaves the generator at α
-    alpha = float(torch.rand(1, generator=draws))
+    alpha = float(gin._draw_all(x, [1, 2, 2, 2, 1], (1, 3), draws)[-1])
     expected = gin.gin(x, generator=torch.Generator().manual_seed(5))
     torch.testing.assert_close(method_figures.blend(x, alpha, (1, 3), 5), expected)
 
