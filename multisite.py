@@ -214,7 +214,8 @@ def run(config: Config, name: str, timeout: float) -> None:
         results.check_out(config)
         by_seed, notes = load_hospitals(config, alone=False)
         hospitals = [by_seed[seed][0]._replace(name=name), *by_seed[seed][1:]]
-        print(*notes, sep="\n", end="\n" if notes else "")
+        shares = arms.describe_shares(config, hospitals)
+        print(*notes, shares, sep="\n")
         check_alike(config, hospitals[0], peers)
         with results.open_run(config, record({seed: hospitals}, config.organs)) as folder:
             if not all(peers.exchange("finished", folder.is_finished(seed, arm))):
@@ -233,7 +234,7 @@ def run(config: Config, name: str, timeout: float) -> None:
                 if not folder.is_finished(seed, arm):
                     folder.finish(state, found)
             peers.exchange("kept", None)
-            print(f"\n{folder.report(name)}\n\nEverything is in {config.out}{os.sep}")
+            print(f"\n{folder.report(shares)}\n\nEverything is in {config.out}{os.sep}")
 
 
 def check_alike(config: Config, hospital: Hospital, peers: Peers) -> None:

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 import data
 import fedgin
 import predict
+import resources
 import results
 from arms import ARMS, label_arms
 from evaluate import dice, score_case
@@ -970,9 +971,9 @@ def test_more_arms_and_more_threads_change_nothing_in_the_others(tmp_path, monke
     for modality in ("ct", "mri"):
         write_totalsegmentator(tmp_path / modality, modality, 8)
     args = ["--ct", tmp_path / "ct", "--mri", tmp_path / "mri", "--spacing", 12]
-    monkeypatch.setattr(data.os, "sched_getaffinity", lambda _: {0})
+    monkeypatch.setattr(resources.os, "sched_getaffinity", lambda _: {0})
     assert tiny.command(*args, "--out", tmp_path / "one/out") == 0
-    monkeypatch.setattr(data.os, "sched_getaffinity", lambda _: {0, 1, 2})
+    monkeypatch.setattr(resources.os, "sched_getaffinity", lambda _: {0, 1, 2})
     arms = ["--arms", "mri-only", "centralized+gin", "fedgin"]
     assert tiny.command(*args, "--out", tmp_path / "two/out", *arms) == 0
     a, b = (
