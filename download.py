@@ -174,7 +174,8 @@ def download(url: str, root: Path, number: int) -> bool:
     for left in root.glob(f"{PARTIAL}*"):  # by a process that was killed
         shutil.rmtree(left, ignore_errors=True)
     damaged = 0
-    for members in tqdm([about, *(cases[id_] for id_ in chosen)], desc=root.name, unit="case"):
+    wanted = [about, *(cases[id_] for id_ in chosen)]
+    for members in tqdm(wanted, desc=root.name, unit="case", disable=None):
         lacking = {path: info for path, info in members.items() if not (root / path).exists()}
         try:
             if lacking:

@@ -222,7 +222,7 @@ def run(args: argparse.Namespace) -> int:
         print("WARNING: it was trained on PHANTOMS; what it finds in scans means nothing")
     open_out(args.out, args.checkpoint, organs, scans)
     results, failed = [], 0
-    for path, case in tqdm(scans.items(), desc="segmenting", unit="scan"):
+    for path, case in tqdm(scans.items(), desc="segmenting", unit="scan", disable=None):
         try:
             scores = predict(case, model, model_config, path, args.nsd_tolerance)
         except (DataError, OSError, MemoryError, RuntimeError) as error:

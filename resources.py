@@ -77,6 +77,7 @@ def in_parallel(function: Callable, jobs: Sequence, what: str, peak: int = 0) ->
     pool = ThreadPoolExecutor(int(max(1, min(cores or 1, free_memory() // max(peak, 1)))))
     try:
         results = pool.map(function, jobs)
-        yield from tqdm(results, total=len(jobs), desc=what, unit="scan", leave=False)
+        bar = {"total": len(jobs), "desc": what, "unit": "scan", "leave": False}
+        yield from tqdm(results, **bar, disable=None)  # not in a pipe or a log file
     finally:
         pool.shutdown(cancel_futures=True)

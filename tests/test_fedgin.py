@@ -28,6 +28,7 @@ import predict
 import resources
 import results
 from arms import ARMS, label_arms
+from config import Config
 from evaluate import dice, score_case
 from gin import GIN, gin
 from hospitals import Hospital, load_hospitals, validation_cases
@@ -247,6 +248,90 @@ def test_a_run_says_that_nothing_could_be_validated(tmp_path, quick, monkeypatch
     assert command("--arms", "mri-only", "--rounds", 3, "--out", tmp_path) == 0
     assert "mri-only: no validation case holds an organ; the last" in capsys.readouterr().err
     assert torch.load(tmp_path / "mri-only-seed42.pt", weights_only=True)["round"] == 3
+
+
+def test_a_stop_while_testing_does_not_begin_the_test_again(tmp_path, quick, monkeypatch, capsys):
+    args = ["--arms", "mri-only", "--rounds", 2, "--out"]
+    assert command(*args, tmp_path / "calm") == 0
+    score, scored = fedgin.score_case, []
+
+    def failing(*args):
+        scored.append(args)
+        if len(scored) == 11:
+            raise OSError("the disk is gone")
+        return score(*args)
+
+    monkeypatch.setattr(fedgin, "score_case", failing)
+    assert command(*args, tmp_path / "out") == 1
+    assert "seed 42, arm mri-only: the disk is gone" in capsys.readouterr().err
+    scored[:] = [None] * 20
+    assert command(*args, tmp_path / "out", "--resume") == 0
+    assert len(scored) == 20 + (8 + 8 + 16) - 10  # test cases of mri, ct and the other scanner
+    assert_same(outcome(tmp_path / "calm"), outcome(tmp_path / "out"))
+
+
+def test_a_finished_run_is_extended_and_trains_nothing_twice(tmp_path, quick, capsys):
+    args = ["--rounds", 2, "--out"]
+    assert command(*args, tmp_path / "a", "--arms", "fl", "--seeds", 1) == 0
+    assert command(*args, tmp_path / "a", "--arms", "fl", "--seeds", 1, 2, "--resume") == 0
+    ratios = ["--ratios", "1:5", "all"]
+    more = ["--arms", "fl", "fedgin", "--seeds", 1, 2, *ratios]
+    assert command(*args, tmp_path / "a", *more, "--resume") == 0
+    assert len(quick.rates) == 2 * 2 * 2 * 4  # rounds, hospitals, seeds, arms with their ratios
+    assert command(*args, tmp_path / "b", *more) == 0
+    a, b = (outcome(tmp_path / name) for name in "ab")
+    assert {name for name in a if name.endswith(".pt")} == {n for n in b if n.endswith(".pt")}
+    a, b = (
+        {
+            (r["seed"], r["arm"], r["hospital"], r["modality"], r["case"]): r["scores"]
+            for r in json.loads((tmp_path / name / "results.json").read_text())["results"]
+        }
+        for name in "ab"
+    )
+    assert a == b
+    capsys.readouterr()
+    assert command(*args, tmp_path / "a", *more, "--resume", "--rounds", 3) == 2
+    assert "rounds cannot be added, as the learning rate falls" in capsys.readouterr().err
+
+
+def test_what_could_not_run_is_refused_before_a_scan_is_read(
+    tmp_path, ct_folder, mri_folder, capsys
+):
+    """The folders' scans cannot be read at all, and yet another thing is complained of."""
+    for folder in (ct_folder, mri_folder):
+        shutil.copytree(folder, tmp_path / folder.name)
+    for path in tmp_path.rglob("*.nii.gz"):
+        truncate(path)
+    ct, mri = tmp_path / ct_folder.name, tmp_path / mri_folder.name
+    args = ["--out", tmp_path / "out", "--ct", ct]
+    assert command(*args) == 2
+    assert "arm mri-only needs MRI training cases" in capsys.readouterr().err
+    assert command(*args, "--mri", mri, "--sites", 3) == 2
+    assert f"--sites 3: {mri} has 2 training cases, too few" in capsys.readouterr().err
+    (ct / "meta.csv").write_text("image_id;split\n" + "".join(f"s000{i};test\n" for i in range(4)))
+    assert command(*args, "--mri", mri) == 2
+    assert "arm fl 1:5 needs CT training cases" in capsys.readouterr().err
+    assert command(*args, "--mri", mri, "--arms", "mri-only") == 2
+    assert "cannot be read" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_test_folder_that_holds_what_is_trained_on_is_warned_of(
+    tmp_path, quick, ct_folder, mri_folder, capsys
+):
+    shutil.copytree(ct_folder, tmp_path / "copy")
+    args = ["--ct", ct_folder, "--mri", mri_folder, "--test", tmp_path / "copy", "--arms", "fl"]
+    assert command(*args, "--spacing", 9, "--out", tmp_path / "out") == 0
+    [line] = [x for x in capsys.readouterr().out.splitlines() if x.startswith("WARNING")]
+    copied = f"{tmp_path}/copy/s0000/ct.nii.gz is a copy of {ct_folder}/s0000/ct.nii.gz"
+    assert line == f"WARNING: what is trained on is tested on: {copied}, and 3 others too"
+
+
+def test_run_does_what_the_command_does(tmp_path, quick):
+    assert command("--rounds", 2, "--out", tmp_path / "command") == 0
+    settings = {"rounds": 2, "local_steps": 2, "width": 2, "depth": 2}
+    fedgin.run(Config(**settings, out=str(tmp_path / "call")))
+    assert_same(outcome(tmp_path / "command"), outcome(tmp_path / "call"))
 
 
 def test_gin_probability_0_is_fl(tmp_path):
