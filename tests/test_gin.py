@@ -294,3 +294,17 @@ def test_it_compiles_for_batches_of_several_sizes(layer):
         expected = layer(x)
         torch.manual_seed(size)
         torch.testing.assert_close(compiled(x), expected)
+
+
+def test_a_layer_shows_its_settings_and_refuses_wrong_ones_at_once():
+    assert repr(GIN(0.5)) == "GIN(p=0.5, n_layers=4, hidden_channels=2, kernel_sizes=(1, 3))"
+    shown = repr(GIN(n_layers=1, hidden_channels=3, kernel_sizes=(5,)))
+    assert shown == "GIN(p=1.0, n_layers=1, hidden_channels=3, kernel_sizes=(5,))"
+    for wrong in ({"n_layers": 0}, {"hidden_channels": 0}, {"kernel_sizes": (1, 2)}):
+        with pytest.raises(ValueError, match="odd kernel sizes"):
+            GIN(0.5, **wrong)
+    for wrong in ({"kernel_sizes": ()}, {"p": 1.5}):
+        with pytest.raises(ValueError):
+            GIN(**wrong)
+    with pytest.raises(TypeError, match="layers"):
+        GIN(0.5, layers=3)

@@ -68,9 +68,23 @@ def test_its_snippet_runs_in_an_empty_folder(module, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_readmes_snippet_trains_an_arm_and_writes_nothing(tmp_path):
+    snippet, *_ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    quick = snippet.replace("local_steps=2", "local_steps=1, width=2, depth=2")
+    check = "print(len(state['history']), model.training, sorted(hospitals))"
+    done = python(f"{quick}\n{check}", tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    history, last = done.stdout.splitlines()
+    rounds = ast.literal_eval(history)
+    assert [row["round"] for row in rounds] == [1, 2]
+    assert all(row["loss mri"] > 0 < row["val_dice_ct"] for row in rounds)
+    assert last == "2 True [42]"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_readmes_snippets_for_monai_and_a_data_loader():
     readme = (ROOT / "README.md").read_text()
-    for_monai, for_loader = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    _, for_monai, for_loader = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     for snippet in (for_monai, for_loader):
         assert len([line for line in snippet.splitlines() if line]) <= 3
     names: dict = {"load": monai.transforms.Identityd("image")}
