@@ -1,0 +1,299 @@
+"""A GPU gives what the CPU gives, within bounds that are written here; skipped where there is none.
+
+pytest -m cuda
+"""
+
+import csv
+import functools
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import data
+import fedgin
+import predict
+import results
+import unet3d
+from evaluate import choose_device, mixed_precision, sliding_window
+from federated import Client, federated_rounds, train_locally, weighted_average
+from gin import GIN, gin
+from unet3d import InstanceNorm, UNet3D, memory_format
+
+AVAILABLE = torch.cuda.is_available()
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not AVAILABLE, reason="PyTorch sees no GPU"),
+]
+CPU, CLASSES = torch.device("cpu"), 6
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """A GPU that multiplies in float32 proper, not in TF32, which has 10 bits of mantissa."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)  # and back, after choose_device
+    return choose_device()
+
+
+@pytest.fixture
+def bfloat16(device):
+    if mixed_precision(device) is None:
+        pytest.skip("this GPU, or its cuDNN, has no bfloat16 that can be used")
+    return functools.partial(torch.autocast, "cuda", dtype=torch.bfloat16)
+
+
+def network(device, width=8, depth=3):
+    torch.manual_seed(0)
+    model = UNet3D(1, CLASSES, width, depth)
+    return model.to(device, memory_format=memory_format(device))
+
+
+def batches(n, patch, device):
+    """n pairs of images and (labels, None), the same on every device."""
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(n):
+        images = torch.randn(2, 1, patch, patch, patch, generator=generator)
+        labels = torch.randint(CLASSES, (2, patch, patch, patch), generator=generator)
+        yield images.to(device), (labels.to(device), None)
+
+
+def loss_function(device):
+    weight = torch.arange(1.0, CLASSES + 1, device=device)
+    return functools.partial(fedgin.segmentation_loss, weight=weight)
+
+
+def distance(found, expected):
+    """‖found − expected‖ / ‖expected‖"""
+    found, expected = found.detach().cpu().double(), expected.detach().cpu().double()
+    return float((found - expected).norm() / expected.norm())
+
+
+# ------------------------------------------------------------------------------ float32, as the CPU
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 40), (2, 3, 19, 24), (3, 1, 18, 17, 20)])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_gin_draws_and_computes_the_same(shape, seed, device):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(9))
+    expected, found = (
+        gin(x.to(d), generator=torch.Generator().manual_seed(seed)) for d in (CPU, device)
+    )
+    assert found.device == device
+    assert distance(found, expected) < 1e-5
+    layers = [GIN(0.5, generator=torch.Generator().manual_seed(seed)) for _ in range(2)]
+    assert distance(layers[0](x.to(device)), layers[1](x)) < 1e-5
+
+
+@pytest.mark.parametrize("partial", [False, True])
+def test_the_loss_is_the_same(partial, device):
+    logits = torch.randn(2, CLASSES, 8, 8, 8, generator=torch.Generator().manual_seed(0))
+    [(_, (labels, _))] = batches(1, 8, CPU)
+    labelled = torch.arange(2 * CLASSES).view(2, CLASSES) % 4 != 3 if partial else None
+    values = []
+    for d in (CPU, device):
+        known = None if labelled is None else labelled.to(d)
+        values.append(loss_function(d)(logits.to(d), (labels.to(d), known)).item())
+    assert values[1] == pytest.approx(values[0], rel=1e-5)
+
+
+def test_the_gradients_of_a_training_step_are_the_same(device):
+    gradients = []
+    for d in (CPU, device):
+        model, [(images, targets)] = network(d), batches(1, 32, d)
+        loss_function(d)(model(images), targets).backward()
+        gradients.append({key: p.grad for key, p in model.named_parameters()})
+    for key, expected in gradients[0].items():
+        assert distance(gradients[1][key], expected) < 1e-3, key
+
+
+def test_training_goes_the_same_way(device):
+    losses = [
+        train_locally(network(d), batches(10, 32, d), loss_function(d), lr=1e-3)
+        for d in (CPU, device)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_the_sliding_window_is_the_same(device):
+    volume = torch.randn(1, 50, 33, 40, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected, found = (sliding_window(network(d), volume.to(d), 16) for d in (CPU, device))
+        apart = sliding_window(lambda x: network(device)(x.to(device)), volume, 16)  # blended here
+    assert (found.device, apart.device) == (device, CPU)
+    assert distance(found, expected) < 1e-4
+    assert distance(apart, expected) < 1e-4
+
+
+def test_the_average_is_the_same_and_stays_there(device):
+    generator = torch.Generator().manual_seed(3)
+    like = network(CPU).state_dict()
+    states = [
+        {key: torch.randn(w.shape, generator=generator) for key, w in like.items()}
+        for _ in range(3)
+    ]
+    sizes = (1, 5, 40)
+    expected = weighted_average(zip(states, sizes, strict=True))
+    there = [{key: w.to(device) for key, w in state.items()} for state in states]
+    found = weighted_average(zip(there, sizes, strict=True))
+    for key, w in expected.items():
+        assert found[key].device == device
+        torch.testing.assert_close(found[key].cpu(), w, rtol=1e-6, atol=1e-7)
+
+
+# ----------------------------------------------------------------------------------------- bfloat16
+
+
+def test_the_network_says_the_same_in_bfloat16(bfloat16, device):
+    model, [(images, _)] = network(device, depth=4).eval(), batches(1, 32, device)
+    with torch.no_grad():
+        expected = model(images)
+        with bfloat16():
+            found = model(images)
+    assert found.dtype == torch.bfloat16
+    assert distance(found, expected) < 0.05
+
+
+def test_training_in_bfloat16_goes_the_same_way(bfloat16, device):
+    losses = [
+        train_locally(
+            network(device), batches(20, 32, device), loss_function(device), lr=1e-3, autocast=dtype
+        )
+        for dtype in (None, torch.bfloat16)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def peak_memory(work):
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    work()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def test_activations_are_kept_in_bfloat16(bfloat16, device, monkeypatch):
+    """With group_norm, which autocast runs in float32, a step takes far more memory."""
+    dtypes, peaks = [], []
+    for forward in (InstanceNorm.forward, nn.GroupNorm.forward):
+        monkeypatch.setattr(unet3d.InstanceNorm, "forward", forward)
+        model = network(device, width=16)
+        [norm, *_] = [m for m in model.modules() if isinstance(m, InstanceNorm)]
+        norm.register_forward_hook(lambda module, x, y: dtypes.append(y.dtype))
+
+        def step(model=model):
+            for images, targets in batches(1, 64, device):
+                with bfloat16():
+                    logits = model(images)
+                loss_function(device)(logits.float(), targets).backward()
+
+        peaks.append(peak_memory(step))
+    assert dtypes == [torch.bfloat16, torch.float32]
+    assert peaks[0] < 0.85 * peaks[1]
+
+
+# --------------------------------------------------------------------------------- runs, and memory
+
+
+def test_memory_does_not_grow_with_the_hospitals(device):
+    def train(hospitals, steps):
+        loss = loss_function(device)
+        clients = {
+            str(k): Client(k + 1, lambda _: batches(steps, 32, device), loss)
+            for k in range(hospitals)
+        }
+        for _ in federated_rounds(network(device, width=16), clients, 2, lambda _: 1e-3):
+            pass
+
+    train(2, 2)  # what cuDNN and cuBLAS keep
+    few, many = peak_memory(lambda: train(2, 16)), peak_memory(lambda: train(32, 1))
+    assert many <= 1.01 * few
+
+
+def history(out):
+    with (out / "history.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_that_was_stopped_resumes(tmp_path, monkeypatch):
+    args = ["--scenario", "limited", "--seeds", 1]
+    assert tiny.command(*args, "--out", tmp_path / "calm") == 0
+    save, calls = results.save, []
+
+    def stops(path, content):
+        save(path, content)
+        calls.append(path)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(results, "save", stops)
+        assert tiny.command(*args, "--out", tmp_path / "out") == 130
+    assert tiny.command(*args, "--out", tmp_path / "out", "--resume") == 0
+    calm, resumed = history(tmp_path / "calm"), history(tmp_path / "out")
+    names = ("seed", "arm", "round")
+    assert [[row[n] for n in names] for row in resumed] == [[r[n] for n in names] for r in calm]
+    for a, b in zip(calm, resumed, strict=True):  # cuDNN may add up in another order
+        assert float(b["loss"]) == pytest.approx(float(a["loss"]), rel=0.02)
+    model, _ = predict.load_model(tmp_path / "out/fedgin.pt", CPU)  # what a GPU wrote, a CPU reads
+    assert next(model.parameters()).device == CPU
+
+
+def test_batches_are_pinned():
+    batch = (torch.zeros(2, 1, 8, 8, 8), torch.ones(2, dtype=torch.int64))
+    [found] = data.prefetch(iter([batch]), pin=True)
+    assert all(part.is_pinned() for part in found)
+
+
+class OutOfMemory(nn.Module):
+    """A network that finds the GPU full in the middle of the first volume."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.calls = model, 0
+
+    def forward(self, x):
+        self.calls += 1
+        if self.calls == 4:
+            torch.empty(2**60, dtype=torch.uint8, device=x.device)  # raises OutOfMemoryError
+        return self.model(x)
+
+
+def test_a_volume_that_does_not_fit_is_put_together_on_the_cpu(device, monkeypatch):
+    image = np.random.default_rng(0).normal(size=(40, 33, 50)).astype(np.float32)
+    size, model = (80, 66, 61), network(device).eval()
+    assert predict.has_room(device, image, size)
+    on_gpu = predict.segment(model, image, 16, size)
+    failing = OutOfMemory(model)
+    recovered = predict.segment(failing, image, 16, size)
+    monkeypatch.setattr(predict, "has_room", lambda *_: False)
+    calls = failing.calls
+    on_cpu = predict.segment(failing, image, 16, size)
+    assert calls == failing.calls - calls + 4  # the whole volume once more
+    np.testing.assert_array_equal(recovered, on_cpu)
+    assert (on_gpu == on_cpu).mean() > 0.999  # but for ties
+
+
+def test_the_estimate_is_no_less_than_what_a_segmentation_takes(device):
+    image, size = np.zeros((120, 110, 100), np.float32), (240, 220, 300)
+
+    def copies(x):
+        return x.expand(-1, 16, -1, -1, -1)
+
+    model = nn.Identity()
+    model.weight = nn.Parameter(torch.zeros(1, device=device))
+    model.forward = copies
+    wanted = 20 * image.nbytes + 14 * np.prod(size)
+    taken = peak_memory(lambda: predict._segment(model, image, 32, size, device))
+    assert taken < 1.1 * wanted
+
+
+def test_the_current_device_is_the_chosen_one():
+    device = choose_device(torch.cuda.device_count())
+    assert device == torch.device("cuda", 0)
+    assert torch.cuda.current_device() == 0
+    x = torch.randn(2, 3, 8, 8, 8, device="cuda")
+    assert F.conv3d(x, torch.ones(1, 3, 3, 3, 3, device="cuda")).device == device
