@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,15 +26,27 @@ from hospitals import Hospital, load_hospitals
 
 
 def device_argument(description: str) -> torch.device:
-    parser = argparse.ArgumentParser(description=description)
+    return parse(description)[0]
+
+
+def parse(description: str, **numbers: Any) -> tuple[torch.device, argparse.Namespace]:
+    """The device and all flags: --device, and one for each of `numbers` with its default."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    wanted = parser.parse_args().device
-    device = choose_device() if wanted == "cuda" else torch.device("cpu")
-    if device.type != wanted:
+    for name, default in numbers.items():
+        several = isinstance(default, tuple)
+        options: dict[str, Any] = {"nargs": len(default)} if several else {}
+        kind = type(default[0] if several else default)
+        parser.add_argument(f"--{name}", default=default, type=kind, metavar="N", **options)
+    args = parser.parse_args()
+    device = choose_device() if args.device == "cuda" else torch.device("cpu")
+    if device.type != args.device:
         parser.error("--device cuda: PyTorch sees no GPU")
     name = torch.cuda.get_device_name() if device.type == "cuda" else processor()
     print(f"{name}, Python {platform.python_version()}, PyTorch {torch.__version__}", flush=True)
-    return device
+    return device, args
 
 
 def processor() -> str:
