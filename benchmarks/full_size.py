@@ -136,17 +136,19 @@ def test(model: nn.Module, volumes: Sequence, args: argparse.Namespace, stages: 
                 dice(found == n, v.labels == n)
 
     def segment_all():
-        pairs = zip(volumes, targets, strict=True)
-        return [segment(model, v.image, args.patch, target.shape) for v, (target, _) in pairs]
+        for v, (target, _) in zip(volumes, targets, strict=True):
+            segment(model, v.image, args.patch, target.shape)
 
     def score():
-        for labels, (target, spacing) in zip(found, targets, strict=True):
-            score_case(labels, target, ORGANS, spacing)
+        # Not what this network found, which has learnt nothing: specks all over the volume have
+        # surfaces that take many times as long as organs'.
+        for target, spacing in targets:
+            score_case(np.roll(target, 2, axis=0), target, ORGANS, spacing)
 
     measure(stages, "validation", len(volumes), validate)
     read = functools.partial(data.read_target, organs=ORGANS, spacing=args.spacing)
     targets = measure(stages, "unpacking the targets", len(volumes), lambda: [*map(read, volumes)])
-    found = measure(stages, "segmentation", len(volumes), segment_all)
+    measure(stages, "segmentation", len(volumes), segment_all)
     measure(stages, "scoring", len(volumes), score)
 
 
