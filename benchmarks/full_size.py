@@ -146,7 +146,7 @@ def test(model: nn.Module, volumes: Sequence, args: argparse.Namespace, stages: 
             score_case(np.roll(target, 2, axis=0), target, ORGANS, spacing)
 
     measure(stages, "validation", len(volumes), validate)
-    read = functools.partial(data.read_target, organs=ORGANS, spacing=args.spacing)
+    read = functools.partial(data.read_target, spacing=args.spacing)
     targets = measure(stages, "unpacking the targets", len(volumes), lambda: [*map(read, volumes)])
     measure(stages, "segmentation", len(volumes), segment_all)
     measure(stages, "scoring", len(volumes), score)

@@ -14,6 +14,7 @@ import torch
 
 import data
 import fedgin
+from arms import ARMS
 from benchmarks.compare import device_argument, in_processes, settings
 from cache import CachedVolume, write_entry
 from datasets import Case
@@ -46,7 +47,7 @@ def train(folder: Path, hospitals: int, rounds: int, device: torch.device) -> di
     split = [
         Hospital(f"hospital {k}", "ct", volumes[k::hospitals], [], []) for k in range(hospitals)
     ]
-    clients = fedgin.make_clients(config, 0, "ct-only+gin", split, device)
+    clients = fedgin.make_clients(config, 0, ARMS["ct-only+gin"], split, device)
     model = fedgin.make_model(config, 0, device)
     for _ in federated_rounds(model, clients, rounds, lambda _: config.lr):
         pass

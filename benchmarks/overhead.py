@@ -9,6 +9,7 @@ from pathlib import Path
 
 import fedgin
 import results
+from arms import ARMS
 from benchmarks.compare import alternate, device_argument, phantom_hospitals, report, settings
 from evaluate import mixed_precision
 from federated import federated_rounds, train_locally
@@ -19,7 +20,7 @@ def main() -> None:
     for sites in (1, 4):
         config = settings("--sites", str(sites), "--scenario", "complete")
         model = fedgin.make_model(config, 0, device)
-        clients = fedgin.make_clients(config, 0, "fl", phantom_hospitals(config), device)
+        clients = fedgin.make_clients(config, 0, ARMS["fl"], phantom_hospitals(config), device)
         for name, client in clients.items():
             drawn = list(client.batches(1))
             clients[name] = client._replace(batches=lambda _, drawn=drawn: drawn)

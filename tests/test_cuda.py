@@ -238,7 +238,9 @@ def test_a_run_that_was_stopped_resumes(tmp_path, monkeypatch):
     assert [[row[n] for n in names] for row in resumed] == [[r[n] for n in names] for r in calm]
     for a, b in zip(calm, resumed, strict=True):  # cuDNN may add up in another order
         assert float(b["loss"]) == pytest.approx(float(a["loss"]), rel=0.02)
-    model, _ = predict.load_model(tmp_path / "out/fedgin.pt", CPU)  # what a GPU wrote, a CPU reads
+    model, _ = predict.load_model(
+        tmp_path / "out/fedgin-1-5-p1-seed42.pt", CPU
+    )  # what a GPU wrote, a CPU reads
     assert next(model.parameters()).device == CPU
 
 
