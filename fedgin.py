@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import arms
 import data
@@ -31,6 +30,7 @@ from evaluate import choose_device, dice, mixed_precision, score_case
 from federated import Client, State, federated_rounds, train_locally, weighted_average
 from gin import GIN
 from hospitals import Hospital, load_hospitals, record, trainable, validation_cases
+from loss import segmentation_loss
 from predict import segment
 from progress import Progress, count_steps, name_training
 from tables import mean
@@ -96,7 +96,7 @@ def batches(
         yield augment(images) if p else images, (labels, known)
 
 
-# ----------------------------------------------------------------------------- a round and its loss
+# ----------------------------------------------------------------------------------------- a round
 
 
 def train_arm(
@@ -155,32 +155,6 @@ def make_model(
         model = UNet3D(1, len(config.organs) + 1, config.width, config.depth)
     model.load_state_dict(weights or model.state_dict())
     return model.to(device, memory_format=memory_format(device))  # type: ignore[call-overload]
-
-
-def segmentation_loss(
-    logits: Tensor, targets: tuple[Tensor, Tensor | None], weight: Tensor
-) -> Tensor:
-    """Cross-entropy + soft Dice over the organs: logits (B, classes, D, H, W) → scalar.
-
-    targets: labels (B, D, H, W) and which organs each image's hospital labels, (B, classes), or
-    None where all are. A voxel of an organ that was never labelled is background by its labels; so
-    the probabilities of such organs are added to the background's first (the marginal loss, Shi et
-    al. 2021, arXiv 2007.03868). weight: of each class in the cross-entropy.
-    """
-    labels, labelled = targets
-    log_p = logits.log_softmax(dim=1)  # (B, classes, D, H, W)
-    if labelled is not None:
-        known = labelled[:, :, None, None, None]  # (B, classes, 1, 1, 1)
-        merged = torch.cat([log_p[:, :1], log_p[:, 1:].masked_fill(known[:, 1:], -torch.inf)], 1)
-        log_p = torch.cat([merged.logsumexp(dim=1, keepdim=True), log_p[:, 1:]], dim=1)
-    p = log_p.exp() if labelled is None else log_p.exp() * known
-    target = F.one_hot(labels, logits.shape[1]).movedim(-1, 1)  # (B, classes, D, H, W)
-    overlap = (p * target).sum((0, 2, 3, 4))
-    size = p.sum((0, 2, 3, 4)) + target.sum((0, 2, 3, 4))
-    soft_dice = ((2 * overlap + 1) / (size + 1))[1:]
-    counted = torch.ones_like(soft_dice) if labelled is None else labelled.any(dim=0)[1:]
-    mean_dice = (soft_dice * counted).sum() / counted.sum()
-    return F.nll_loss(log_p, labels, weight) + 1 - mean_dice
 
 
 # ------------------------------------------------------------- validation and the choice of weights

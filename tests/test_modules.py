@@ -17,6 +17,7 @@ ALONE = {  # what they may import, beside the standard library
     "gin": {"torch"},
     "unet3d": {"torch"},
     "federated": {"torch"},
+    "loss": {"torch"},
     "phantom": {"numpy", "scipy"},
     "evaluate": {"torch", "numpy", "scipy"},
 }
