@@ -80,7 +80,9 @@ class Config:
     out: str = flag("", "folder for the results (default: one in runs/)", metavar="DIR")
     cache: str = flag("", "for preprocessed scans (default: cache, beside --out)", metavar="DIR")
     no_cache: bool = flag(False, "keep preprocessed scans in memory instead")
-    resume: bool = flag(False, "go on with the run in --out where it stopped, if there is one")
+    resume: bool = flag(
+        False, "go on where the run in --out stopped, or extend it by seeds, arms, ratios or shares"
+    )
 
     def __post_init__(self) -> None:
         kind = "phantoms" if self.on_phantoms else "scans"
