@@ -6,15 +6,24 @@ import shutil
 import zlib
 from collections import Counter
 
+import nibabel
 import numpy as np
 import pytest
 from conftest import edit, truncate, write_amos, write_nnunet, write_totalsegmentator
 
 import fedgin
 from config import Config
-from data import CachedVolume, load_case, normalize
+from data import CachedVolume, load_case, make_volume, normalize
 from datasets import ORGANS, DataError, find_cases
-from hospitals import find_sources, load_hospitals, record
+from hospitals import (
+    VAL_CASES,
+    Hospital,
+    find_sources,
+    load_hospitals,
+    record,
+    validation_cases,
+    warn_of_copies,
+)
 from phantom import phantom
 
 TINY = ["--rounds", "1", "--local-steps", "1", "--batch-size", "2"]
@@ -396,3 +405,55 @@ def test_scans_without_any_organ_are_tested_on_only(tmp_path, mri_folder):
         "left out: ct, train: 1 scans without any organ",
         "left out: ct, val: 1 scans without any organ",
     ]
+
+
+# ------------------------------------------------------------------------------ validation, copies
+
+
+def held_by(*organs):
+    """A hospital whose validation cases hold the organs that are given for each."""
+    cases = []
+    for n, found in enumerate(organs):
+        labels = np.zeros((4, 4, 4), np.uint8)
+        labels[0, 0, : len(found)] = found
+        known = np.ones(6, dtype=bool)
+        cases.append(make_volume(f"case{n}", "ct", labels.astype(np.float32), labels, known))
+    return Hospital("a", "ct", cases[:1], cases, [])
+
+
+def test_a_round_is_validated_on_a_few_cases_that_hold_every_organ():
+    """Of 40 cases with a liver, one each has a spleen and a pancreas, and one is empty."""
+    hospital = held_by((3,), *[(1,)] * 38, (1, 4), ())
+    for seed in range(5):
+        chosen = [int(case.id[4:]) for case in validation_cases(seed, [hospital])]
+        assert len(chosen) == VAL_CASES == 8
+        assert chosen == sorted(chosen)
+        assert {0, 39} < set(chosen)
+        assert 40 not in chosen
+        assert [int(case.id[4:]) for case in validation_cases(seed, [hospital])] == chosen
+    others = {tuple(case.id for case in validation_cases(s, [hospital])) for s in range(5)}
+    assert len(others) == 5
+
+
+def test_few_validation_cases_are_all_taken_and_training_cases_stand_in_for_none():
+    few = held_by((1,), (2,), ())
+    assert validation_cases(1, [few, few]) == [*few.val, *few.val]
+    assert validation_cases(1, [few._replace(val=[])]) == few.train
+    assert validation_cases(1, [few._replace(val=[], train=[])]) == []
+
+
+def test_copies_of_training_scans_in_a_test_folder_are_warned_of(tmp_path, ct_folder, mri_folder):
+    """By content: under another name, but not if a voxel differs."""
+    test = write_nnunet(tmp_path / "held_out", "ct", 3, seed=8)
+    folders = {"ct": (str(ct_folder),), "mri": (str(mri_folder),), "test": (str(test),)}
+    sources = find_sources(Config(**folders, spacing=12.0))
+    assert warn_of_copies(sources) == []
+    scan = test / "imagesTr/case_001_0000.nii.gz"
+    shutil.copy(ct_folder / "s0002/ct.nii.gz", scan)
+    found = warn_of_copies(sources)
+    copied = f"{scan} is a copy of {ct_folder}/s0002/ct.nii.gz"
+    assert found == [f"WARNING: what is trained on is tested on: {copied}"]
+    array = np.asarray(nibabel.load(scan).dataobj).copy()
+    array[0, 0, 0] += 1
+    edit(scan, array)
+    assert warn_of_copies(sources) == []

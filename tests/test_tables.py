@@ -108,7 +108,7 @@ def test_the_interval_is_scipys():
     low, middle, high = paired_difference(on_cases("a", a) + on_cases("b", b), "a", "b", "mri")
     assert middle == pytest.approx((a - b).mean())
     expected = stats.bootstrap((a - b,), np.mean, n_resamples=20_000, method="percentile", rng=rng)
-    assert (low, high) == pytest.approx(tuple(expected.confidence_interval), abs=0.01)
+    assert (low, high) == pytest.approx(tuple(expected.confidence_interval), abs=0.005)
 
 
 def test_comparisons_by_hand():
