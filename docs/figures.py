@@ -1,7 +1,8 @@
 """The pictures of README.md and of the pages in docs/; matplotlib draws them.
 
-python docs/figures.py                 # those that need no run: gin, gin-steps, round and arms
-python docs/figures.py RUN_DIR [OUT]   # validation, ratios, predictions of a run, whole or not
+python docs/figures.py               # those that need no run: gin, gin-steps, round and arms
+python docs/figures.py RUN_DIR       # validation, ratios, predictions of a run, whole or not
+python docs/figures.py RUN_DIR …     # budget: Dice against the steps that each run trained
 """
 
 import argparse
@@ -10,7 +11,7 @@ import dataclasses
 import functools
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
@@ -203,6 +204,33 @@ def predictions(run: Run):
     return figure
 
 
+def budget(*runs: Run):
+    """Test Dice against the steps that a hospital trains, mean over seeds; a row a scanner."""
+    labels = dict.fromkeys(score["arm"] for run in runs for score in run.scores)
+    found = {score["scanner"] for run in runs for score in run.scores}
+    scanners = [scanner for scanner in ("own", "other") if scanner in found]
+    if not labels:
+        return None
+    looks = styles(labels)
+    figure, axes = panels(len(scanners), looks, "test Dice", "steps a hospital")
+    for row, scanner in zip(axes, scanners, strict=True):
+        for axis, modality in zip(row, ("mri", "ct"), strict=True):
+            axis.set_title(f"{modality.upper()}, {scanner} scanner")
+            points = defaultdict(list)
+            for run in runs:
+                scores = [score for score in run.scores if score["scanner"] == scanner]
+                for label, columns in tables.summarize(scores, run.config.organs).items():
+                    steps = run.config.rounds * run.config.local_steps
+                    points[label].append((steps, columns["dice", modality][0]))
+            for label, found in points.items():
+                axis.plot(*zip(*sorted(found), strict=True), marker=".", **looks[label])
+    ticks = sorted({run.config.rounds * run.config.local_steps for run in runs})
+    axes[0, 0].set_xscale("log")
+    axes[0, 0].set_xticks(ticks, map(str, ticks), minor=False)
+    axes[0, 0].xaxis.set_minor_locator(plt.NullLocator())
+    return figure
+
+
 OF_THE_METHOD = {
     "gin": method_figures.gallery,
     "gin-steps": method_figures.gin_steps,
@@ -210,31 +238,34 @@ OF_THE_METHOD = {
     "arms": method_figures.arms,
 }
 OF_A_RUN = {"validation": validation, "ratios": ratios, "predictions": predictions}
+OF_RUNS = {"budget": budget}
 
 
-def draw(folder: Path | None, out: Path | None) -> None:
-    """Draw what there is to draw; raises DataError for a folder of which there is nothing."""
-    run, pictures = (), OF_THE_METHOD
-    if folder:
-        run, pictures = (read_run(folder),), OF_A_RUN
-    out, drawn = out or folder or ROOT / "docs", 0
+def draw(folders: Sequence[Path], out: Path | None) -> None:
+    """Draw what there is to draw; raises DataError for folders of which there is nothing."""
+    runs, pictures = [read_run(folder) for folder in folders], OF_THE_METHOD
+    if runs:
+        pictures = OF_A_RUN if len(runs) == 1 else OF_RUNS
+    out, drawn = out or (folders[0] if folders else ROOT / "docs"), 0
     for name, picture in pictures.items():
-        if figure := picture(*run):
+        if figure := picture(*runs):
             out.mkdir(parents=True, exist_ok=True)
             figure.savefig(out / f"{name}.png", dpi=150)
             plt.close(figure)
             print(out / f"{name}.png")
             drawn += 1
     if not drawn:
-        raise DataError(f"{folder}: nothing to draw yet, as no round of the run is finished")
+        what = "nothing to draw yet, as no round of the run is finished"
+        raise DataError(f"{' '.join(map(str, folders))}: {what}")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", nargs="?", type=Path, metavar="RUN_DIR", help="the --out of a run")
-    parser.add_argument("out", nargs="?", type=Path, help="folder for pictures (default: RUN_DIR)")
+    parser.add_argument("run", nargs="*", type=Path, metavar="RUN_DIR", help="the --out of a run")
+    text = "folder for the pictures (default: the first RUN_DIR)"
+    parser.add_argument("--out", type=Path, metavar="DIR", help=text)
     args = parser.parse_args(argv)
     return run_command("figures.py", functools.partial(draw, args.run, args.out))
 

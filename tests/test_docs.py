@@ -253,7 +253,7 @@ def test_draws_what_a_run_has_so_far_and_says_when_there_is_nothing(run, capsys)
     for path in run.glob("*seed3.pt"):
         path.unlink()
     (run / "results.json").unlink()
-    assert drawn(run, run / "new") == (0, {"validation", "predictions"})
+    assert drawn(run, "--out", run / "new") == (0, {"validation", "predictions"})
     for path in (*run.rglob("*.png"), *run.glob("*.pt")):
         path.unlink()
     assert drawn(run) == (0, {"validation"})
@@ -265,3 +265,30 @@ def test_draws_what_a_run_has_so_far_and_says_when_there_is_nothing(run, capsys)
     assert capsys.readouterr().err == f"figures.py: {message}\n"
     assert drawn(run / "new") == (2, set())
     assert "no run is there" in capsys.readouterr().err
+
+
+def test_budget_shows_dice_against_steps_on_each_scanner(run, tmp_path):
+    """Two runs, of which the longer one has Dice 0.1 higher; elsewhere both have half of it."""
+    runs = []
+    for rounds, more in ((20, 0.0), (60, 0.1)):
+        first = figures.read_run(run)
+        scores = []
+        for score in first.scores:
+            for scanner, factor in (("own", 1.0), ("other", 0.5)):
+                dice = (next(iter(score["scores"].values()))["dice"] + more) * factor
+                organs = {o: {**s, "dice": dice} for o, s in score["scores"].items()}
+                scores.append({**score, "scanner": scanner, "scores": organs})
+        config = dataclasses.replace(first.config, rounds=rounds, local_steps=5)
+        runs.append(first._replace(config=config, scores=scores))
+    figure = figures.budget(*runs[::-1])
+    titles = [axis.get_title() for axis in figure.axes]
+    assert titles == [f"{m}, {s} scanner" for s in ("own", "other") for m in ("MRI", "CT")]
+    own, other = ({x.get_label(): x for x in figure.axes[i].lines} for i in (0, 2))
+    line = own["mri-only"]
+    assert list(line.get_xdata()) == [100, 300]
+    low, high = line.get_ydata()
+    assert high - low == pytest.approx(0.1)
+    assert list(other["mri-only"].get_ydata()) == pytest.approx([low / 2, high / 2])
+    plt.close(figure)
+    code = figures.main([str(run), str(run), "--out", str(tmp_path / "out")])
+    assert (code, [path.name for path in (tmp_path / "out").iterdir()]) == (0, ["budget.png"])

@@ -170,7 +170,7 @@ def test_a_model_is_that_of_the_round_with_the_best_validation(phantom_run):
 @pytest.mark.slow
 def test_pictures_of_a_run(phantom_run, tmp_path):
     figures = runpy.run_path(str(Path(fedgin.__file__).parent / "docs/figures.py"))
-    figures["main"]([str(phantom_run), str(tmp_path)])
+    figures["main"]([str(phantom_run), "--out", str(tmp_path)])
     sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
     assert sizes.keys() == {"validation.png", "predictions.png", "ratios.png"}
     assert all(5_000 < size < 300_000 for size in sizes.values())
