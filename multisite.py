@@ -13,18 +13,19 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import multiprocessing.pool
 import os
-import queue
 import sys
-import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
-from types import TracebackType
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.elastic.multiprocessing.errors import record as record_bug
+from tqdm import tqdm
 
 import arms
 import fedgin
@@ -40,40 +41,33 @@ OWN = ("ct", "mri", "test", "layout", "skip_bad", *NOT_COMPARED)  # settings of 
 SEVERAL = ("scenario", "arms", "ratios", "mri_cases", "seeds", "sites")  # fedgin.py's
 
 
+class PeerError(ConnectionError):
+    """Another rank has failed, or cannot be reached."""
+
+
 class Peers:
     """The processes that torchrun started, one a hospital: what they say, and their sums.
 
     Short messages (JSON) pass through torchrun's store, sums through PyTorch's gloo and the CPU, so
-    that machines with and without a GPU work together. A rank that fails inside `with Peers(…)`
-    leaves its reason in the store, where the others find it; one that is silent for `timeout`
-    seconds ends the run. Raises ConnectionError for the failure of another rank.
+    that machines with and without a GPU work together. Raises PeerError once another rank has left
+    its reason to fail in the store, closed its links, or let this one wait for `timeout` seconds.
     """
 
     def __init__(self, name: str, timeout: float) -> None:
-        self.name, self.timeout, self.sums = name, timedelta(seconds=timeout), 0
+        self.timeout, self.sums, self.lost = timeout, 0, list[str]()
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        store, _, _ = next(distributed.rendezvous("env://", timeout=self.timeout))
+        self.labels = [f"rank {rank}" for rank in range(self.size)]
+        self.labels[self.rank] += f" ({name})"
+        self.thread = multiprocessing.pool.ThreadPool(1)
+        store, _, _ = next(distributed.rendezvous("env://", timeout=timedelta(seconds=timeout)))
         # After a restart the store still holds what was said before it.
-        self.store = distributed.PrefixStore(
-            os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store
-        )
+        self.store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
 
     def exchange(self, key: str, value: Any) -> list:
         """What each rank says under a key, by rank: anything that JSON can hold."""
-        keys = [f"{key}/{rank}" for rank in range(self.size)]
-        began, told = time.monotonic(), 0.0
-        self._ask("set", keys[self.rank], json.dumps(value))
-        while silent := self._silent(key):
-            if reason := self._reason():
-                raise ConnectionError(reason)
-            waited = time.monotonic() - began
-            if waited > self.timeout.total_seconds():
-                raise ConnectionError(f"nothing heard of rank {silent[0]} for {waited:.0f} s")
-            if waited > told + 1:
-                print(f"rank {self.rank} ({self.name}) waits for rank {silent[0]}", flush=True)
-                told = waited + 59
-            time.sleep(0.1)
-        return [json.loads(self._ask("get", text)) for text in keys]
+        self._ask("set", f"{key}/{self.rank}", json.dumps(value))
+        self._wait(key, lambda: not self._silent(key))
+        return [json.loads(self._ask("get", f"{key}/{rank}")) for rank in range(self.size)]
 
     def connect(self) -> None:
         """Open the links for sums, once every rank has its data."""
@@ -81,60 +75,25 @@ class Peers:
             if device := os.environ.get("GLOO_SOCKET_IFNAME"):
                 distributed.ProcessGroupGloo.create_device(interface=device)  # is it there?
             self.exchange("device", None)
+            timeout = timedelta(seconds=self.timeout)
             distributed.init_process_group(
-                "gloo",
-                store=self.store,
-                rank=self.rank,
-                world_size=self.size,
-                timeout=self.timeout,
+                "gloo", store=self.store, rank=self.rank, world_size=self.size, timeout=timeout
             )
         except RuntimeError as error:
-            raise ConnectionError(self._reason() or str(error)) from error
+            raise ConnectionError(f"no links to the other ranks: {error}") from error
 
     def add_up(self, numbers: Tensor) -> Tensor:
         """Add a CPU tensor up over all ranks, in place."""
         self.sums += 1
-        self._ask("set", f"sum {self.sums}/{self.rank}", "")
-        began = time.monotonic()
+        key = f"sum {self.sums}"
+        self._ask("set", f"{key}/{self.rank}", "")
         try:
-            distributed.monitored_barrier(timeout=self.timeout)
-            if reason := self._reason():
-                raise ConnectionError(reason)
-            distributed.all_reduce(numbers)
-        except RuntimeError as error:
-            reason = self._reason()
-            silent = ", ".join(map(str, self._silent(f"sum {self.sums}"))) or "another"
-            waited = time.monotonic() - began
-            reason = (
-                reason
-                or f"rank {silent} is silent for {waited:.0f} s: it died, hangs or is cut off"
-            )
-            raise ConnectionError(reason) from error
+            work = distributed.all_reduce(numbers, async_op=True)
+            self._wait(key, work.is_completed)
+            work.wait()
+        except RuntimeError as error:  # gloo's, of a link that is closed or silent
+            raise self._in_vain(key) from error
         return numbers
-
-    def _silent(self, key: str) -> list[int]:
-        return [r for r in range(self.size) if not self._ask("check", [f"{key}/{r}"])]
-
-    def _ask(self, what: str, *args: Any) -> Any:
-        """A call of the store, which would block for as long as TCP tries if the link is cut."""
-        answer: queue.SimpleQueue = queue.SimpleQueue()
-
-        def ask() -> None:
-            try:
-                answer.put((getattr(self.store, what)(*args), None))
-            except RuntimeError as error:
-                answer.put((None, error))
-
-        threading.Thread(target=ask, daemon=True).start()
-        try:
-            value, error = answer.get(timeout=min(self.timeout.total_seconds(), 60))
-        except queue.Empty:
-            raise ConnectionError(
-                "rank 0's machine, which keeps the store, does not answer"
-            ) from None
-        if error:
-            raise ConnectionError(f"rank 0's machine, which keeps the store, is gone ({error})")
-        return value
 
     def average(self, pairs: Iterable[tuple[State, float]]) -> State:
         """w ← Σ_k (n_k / Σ_j n_j) · w_k over all ranks; pairs: this rank's one (w_k, n_k)."""
@@ -144,49 +103,70 @@ class Peers:
         total = self.add_up(numbers)
         return unpack(total[:-1] / total[-1], like=state)
 
-    def first(self, numbers: Tensor) -> Tensor:
-        """Rank 0's numbers, at every rank."""
-        return self.add_up(numbers if self.rank == 0 else torch.zeros_like(numbers))
+    def leave(self, error: BaseException) -> None:
+        """Tell why this rank ends, unless another has failed first; torchrun says so at the end."""
+        reason = f"{self.labels[self.rank]}: {str(error) or 'was stopped'}"
+        if isinstance(error, PeerError):
+            reason, error.__notes__ = str(error), []  # which blame this rank's round
+        with contextlib.suppress(PeerError):
+            mine = json.dumps([reason, self.lost])
+            reason, self.lost = json.loads(self._ask("compare_set", "failed", "", mine))
+            self._ask("set", f"left/{self.rank}", "")
+            # Until all know: the store ends with the torchrun of rank 0.
+            self._wait("left", lambda: not self._silent("left"), f"{reason}; ")
+        if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+            about = {"message": reason, "extraInfo": {"timestamp": int(time.time())}}
+            Path(path).write_text(json.dumps({"message": about}))  # as torch's ErrorHandler does
 
-    def __enter__(self) -> "Peers":
-        return self
+    def _wait(self, key: str, done: Callable[[], bool], note: str = "") -> None:
+        """Wait until done(), and say for whom: the ranks that have not set the key."""
+        began, tell_at = time.monotonic(), 1
+        while not done():
+            waited = time.monotonic() - began
+            if waited > self.timeout or (key != "left" and self._ask("check", ["failed"])):
+                raise self._in_vain(key)
+            if waited > tell_at and (silent := self._silent(key)):
+                who = f"{note}{self.labels[self.rank]}"
+                tqdm.write(f"{who} waits for {', '.join(silent)}", file=sys.stderr)
+                tell_at += 60
+            time.sleep(min(0.001 + waited / 10, 0.2))
 
-    def __exit__(
-        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error:
-            self._leave(error)
-        elif os.environ.get("GROUP_RANK") == "0":
-            self.exchange("end", None)  # the store lives in this machine's torchrun
-        else:
-            self._ask("set", f"end/{self.rank}", "null")
+    def _in_vain(self, key: str) -> PeerError:
+        """What to raise where others are waited for in vain: their reason, or who is silent."""
+        if self._ask("check", ["failed"]):
+            return PeerError(json.loads(self._ask("get", "failed"))[0])
+        silent = self._silent(key)
+        self.lost = silent or self.labels  # nobody waits for these to leave
+        what = f"was killed, is cut off or takes longer than --timeout {self.timeout:g}"
+        return PeerError(f"{' or '.join(silent) or 'another rank'} {what}")
 
-    def _reason(self) -> str:
-        """Why another rank has failed, as far as it could say."""
-        return self._ask("get", "failed").decode() if self._ask("check", ["failed"]) else ""
+    def _silent(self, key: str) -> list[str]:
+        """The ranks that have not set a key."""
+        missing = [not self._ask("check", [f"{key}/{rank}"]) for rank in range(self.size)]
+        return [who for who in itertools.compress(self.labels, missing) if who not in self.lost]
 
-    def _leave(self, error: BaseException) -> None:
-        """Leave a reason for the others, and let them read it before torchrun ends them."""
-        reason = ""
-        with contextlib.suppress(ConnectionError):
-            reason = self._reason()
-            if not reason:
-                what = str(error) or "was stopped"
-                self._ask("set", "failed", f"rank {self.rank} ({self.name}): {what}")
-            self._ask("add", "leaving", 1)
-            if not isinstance(error, ConnectionError):
-                said = str(error) or "stopped"
-                print(f"\n{self.name}: {said}; the others are told", file=sys.stderr, flush=True)
-                if distributed.is_initialized():
-                    with contextlib.suppress(RuntimeError):
-                        distributed.monitored_barrier(timeout=self.timeout)  # the others' next sum
-                deadline = time.monotonic() + self.timeout.total_seconds()
-                while self._ask("add", "leaving", 0) < self.size and time.monotonic() < deadline:
-                    time.sleep(0.1)
-            elif os.environ.get("GROUP_RANK") == "0":
-                time.sleep(1)
-        if reason and isinstance(error, KeyboardInterrupt):  # torchrun ends all after the first
-            raise ConnectionError(reason) from error
+    def _ask(self, call: str, *args: Any) -> Any:
+        """Call the store, but no longer than a minute: TCP would try for many if a link is cut."""
+        try:
+            answer = self.thread.apply_async(getattr(self.store, call), args)
+            return answer.get(min(self.timeout, 60))
+        except (multiprocessing.TimeoutError, RuntimeError) as error:
+            what = str(error) or "no answer"
+            raise PeerError(f"rank 0's machine, which keeps the store, is gone ({what})") from error
+
+
+@contextlib.contextmanager
+def join(name: str, timeout: float) -> Iterator[Peers]:
+    """Be one of the ranks; what ends it early is told to the others and to torchrun."""
+    peers = Peers(name, timeout)
+    try:
+        yield peers
+        peers.exchange("end", None)
+    except BaseException as error:
+        peers.leave(error)
+        raise
+    if os.environ["GROUP_RANK"] == "0":
+        time.sleep(1)  # or the others' torchrun may miss the store, and say so at length
 
 
 def pack(state: State) -> Tensor:
@@ -197,9 +177,7 @@ def pack(state: State) -> Tensor:
 def unpack(vector: Tensor, like: State) -> dict[str, Tensor]:
     """A vector of pack's as a state dict again."""
     parts = vector.split([w.numel() for w in like.values()])
-    return {
-        key: part.view(w.shape).to(w) for (key, w), part in zip(like.items(), parts, strict=True)
-    }
+    return {k: p.view(w.shape).to(w) for (k, w), p in zip(like.items(), parts, strict=True)}
 
 
 # ------------------------------------------------------------------------------- what a rank does
@@ -210,13 +188,14 @@ def run(config: Config, name: str, timeout: float) -> None:
     device = choose_device(int(os.environ["LOCAL_RANK"]))
     print(describe(config, device))
     [seed], [arm] = config.seeds, arms.label_arms(config)
-    with Peers(name, timeout) as peers:
+    with join(name, timeout) as peers:
         results.check_out(config)
+        check_alike(config, name, peers)
         by_seed, notes = load_hospitals(config, alone=False)
         hospitals = [by_seed[seed][0]._replace(name=name), *by_seed[seed][1:]]
         shares = arms.describe_shares(config, hospitals)
         print(*notes, shares, sep="\n")
-        check_alike(config, hospitals[0], peers)
+        check_cases(config, hospitals, peers)
         with results.open_run(config, record({seed: hospitals}, config.organs)) as folder:
             if not all(peers.exchange("finished", folder.is_finished(seed, arm))):
                 peers.connect()
@@ -237,50 +216,48 @@ def run(config: Config, name: str, timeout: float) -> None:
             print(f"\n{folder.report(shares)}\n\nEverything is in {config.out}{os.sep}")
 
 
-def check_alike(config: Config, hospital: Hospital, peers: Peers) -> None:
-    """Raise DataError unless all ranks want the same, and can have it.
-
-    Settings must be the same, names differ, each rank have training cases and each organ a label.
-    """
-    if not hospital.train:
-        raise DataError(f"{hospital.name} has no training case")
-    labelled = itertools.compress(config.organs, hospital.train[0].labelled[1:])
+def check_alike(config: Config, name: str, peers: Peers) -> None:
+    """Raise DataError unless all ranks have the same settings, and names of their own."""
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in OWN}
-    own = {"name": hospital.name, "organs": list(labelled), "settings": settings}
-    all_ranks = peers.exchange("settings", own)
+    all_ranks = peers.exchange("settings", {"name": name, "settings": settings})
+    names = [other["name"] for other in all_ranks]
+    peers.labels = [f"rank {rank} ({other})" for rank, other in enumerate(names)]
     for rank, other in enumerate(all_ranks):
         differ = [k for k, v in all_ranks[0]["settings"].items() if other["settings"].get(k) != v]
         if differ:
             raise DataError(f"ranks 0 and {rank} were started with different {', '.join(differ)}")
-    names = [other["name"] for other in all_ranks]
     if len(set(names)) < len(names):
         raise DataError(f"hospitals {', '.join(names)}: two have one name; give one a --name")
-    organs = {other["name"]: set(other["organs"]) for other in all_ranks}
-    check_organs(organs, config.organs, config.partial_labels)
+
+
+def check_cases(config: Config, hospitals: Sequence[Hospital], peers: Peers) -> None:
+    """Raise DataError unless this rank has training cases, and all together label each organ."""
+    name = hospitals[0].name
+    if not hospitals[0].train:
+        raise DataError(f"{name} has no training case")
+    labelled = itertools.compress(config.organs, hospitals[0].train[0].labelled[1:])
+    organs = dict(peers.exchange("organs", [name, list(labelled)]))
+    check_organs({k: set(v) for k, v in organs.items()}, config.organs, config.partial_labels)
 
 
 def share_state(state: dict, model: nn.Module, peers: Peers) -> dict:
-    """Rank 0's state of the training, at every rank."""
-    weights = model.state_dict()
-    best, n = state["best"], len(pack(weights))
-    numbers = torch.tensor([state["round"], best["round"], best["val_dice"]], dtype=torch.float64)
-    own = [numbers, *(pack(w or weights) for w in (state["weights"], best["weights"]))]
-    numbers, last, top = peers.first(torch.cat(own)).split([3, n, n])
-    round_, best_round, val_dice = numbers.tolist()
-    best = {"val_dice": val_dice, "round": int(best_round), "weights": unpack(top, weights)}
-    history = [row for row in state["history"] if row["round"] <= round_]  # this hospital's own
-    shared = {"round": int(round_), "weights": unpack(last, weights), "best": best}
-    return state | shared | {"history": history}
+    """Rank 0's state of the training, at every rank; each keeps its own history."""
+    weights, best = model.state_dict(), state["best"]
+    told = {**state, "weights": None, "best": {**best, "weights": None}, "history": []}
+    first = peers.exchange("state", told)[0]
+    own = torch.cat([pack(w or weights) for w in (state["weights"], best["weights"])])
+    sums = peers.add_up(own if peers.rank == 0 else torch.zeros_like(own))
+    last, top = (unpack(vector, weights) for vector in sums.chunk(2))
+    first |= {"weights": last, "best": {**first["best"], "weights": top}}
+    return first | {"history": [r for r in state["history"] if r["round"] <= first["round"]]}
 
 
 def share_scores(scores: list[dict], peers: Peers) -> list[dict]:
     """The test scores of all ranks; a case's id stays with its rank, which others number."""
-    found = []
-    nameless = [{**score, "case": None} for score in scores]
-    for rank, part in enumerate(peers.exchange("scores", nameless)):
-        for n, score in enumerate(scores if rank == peers.rank else part):
-            found.append(score if score["case"] else {**score, "case": f"case {n}"})
-    return found
+    parts = peers.exchange("scores", [{**score, "case": None} for score in scores])
+    parts[peers.rank] = scores
+    numbered = [pair for part in parts for pair in enumerate(part)]
+    return [score if score["case"] else {**score, "case": f"case {n}"} for n, score in numbered]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -298,18 +275,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("name this hospital's folder, and no other, with --mri or --ct")
     if not 0 < args.timeout < float("inf"):
         parser.error(f"--timeout must be a positive number of seconds, not {args.timeout}")
-    if "RANK" not in os.environ:
+    if not distributed.is_torchelastic_launched():
         parser.error("must be started by torchrun; see docs/several-machines.md")
     name = args.name or os.path.basename(os.path.abspath(folders[0]))
     if args.gin_probability and len(args.gin_probability) > 1:
         parser.error("--gin-probability: one value, as one model is trained")
     fixed = {"scenario": "complete", "arms": (args.arm,), "seeds": (args.seed,)}
     config = to_config(parser, args, **fixed, out=args.out or f"runs/{args.arm}-{name}")
-    command = f"multisite.py (rank {os.environ['RANK']}, {name})"
-    return run_command(
-        command, lambda: run(config, name, args.timeout), lambda: how_to_go_on(config)
-    )
+    title = f"multisite.py (rank {os.environ['RANK']}, {name})"
+    return run_command(title, lambda: run(config, name, args.timeout), lambda: how_to_go_on(config))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(record_bug(main)())  # for torchrun's summary

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import truncate, write_nnunet, write_totalsegmentator
+from torch import distributed
 
 import data
 import fedgin
@@ -27,7 +28,7 @@ from config import Config
 from datasets import ORGANS, DataError
 from federated import weighted_average
 from hospitals import Hospital
-from multisite import Peers
+from multisite import PeerError, Peers
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--rounds", "3", "--local-steps", "1", "--batch-size", "2", "--width", "2", "--depth", "2"]
@@ -36,8 +37,9 @@ MODALITY = {"north": "mri", "south": "mri", "west": "ct"}
 
 # What a rank runs that is to fail: multisite.py with an action before the n-th call of a function.
 WORKER = """
-import os, signal, sys, time
-import fedgin, multisite, results
+import os, runpy, signal, time
+import fedgin, hospitals, results
+from datasets import DataError
 
 def before(owner, name, action, call=1):
     function, calls = getattr(owner, name), []
@@ -63,8 +65,11 @@ def lose_disk():
 def stumble():
     raise AttributeError("no such layer")
 
+def refuse():
+    raise DataError("west/s0004: cannot be read; fetch it again")
+
 {patch}
-sys.exit(multisite.main())
+runpy.run_path({script!r}, run_name="__main__")
 """
 
 
@@ -107,6 +112,13 @@ class Rank:
         assert lines, self.error
         return lines[-1]
 
+    def root_cause(self):
+        """The last thing on the screen: what torchrun's summary says of the worker that failed."""
+        *_, summary = self.error.split("Root Cause (first observed failure):")
+        text, line, rest = summary.partition("\n====")
+        assert line and not rest.strip("=\n"), self.error
+        return text.split("traceback : ")[1]
+
     def end(self, seconds=60):
         """The exit code, once there is one."""
         return self.process.wait(seconds)
@@ -140,8 +152,9 @@ class Launcher:
                 (folder / name).symlink_to(self.sites / name)
             script = ROOT / "multisite.py"
             if name in (patches or {}):
+                text = WORKER.format(patch=patches[name], script=str(script))
                 script = folder / "worker.py"
-                script.write_text(WORKER.format(patch=patches[name]))
+                script.write_text(text)
             prefix, environment = inside[n] if inside else ([], {})
             launcher = [*prefix, sys.executable, "-m", "torch.distributed.run"]
             launcher += ["--nnodes", len(names), "--node-rank", n, "--nproc-per-node", 1]
@@ -277,11 +290,14 @@ def test_each_rank_keeps_what_is_its_own(three_ranks, sites):
 @pytest.mark.slow
 def test_a_rank_may_be_slow(start, one_process):
     """Slower than the others by most of the timeout, again and again, in all that it does."""
-    slow = "before(multisite, 'load_hospitals', wait(4))\nbefore(fedgin, 'validate', wait(4))"
+    slow = "before(hospitals, 'load_hospitals', wait(4))\nbefore(fedgin, 'validate', wait(4))"
     also = "before(fedgin, 'train_locally', wait(4))\nbefore(fedgin, 'test', wait(4))"
     ranks = start("--timeout", 6, patches={"west": slow, "north": also})
     assert [rank.end() for rank in ranks] == [0, 0], [rank.error for rank in ranks]
-    assert "waits for rank 1" in (ranks[0].folder / "stdout").read_text()
+    for rank in (0, 1):
+        names = [f"rank {r} ({name})" for r, name in enumerate(["north", "west"])]
+        lines = ranks[rank].error.splitlines()
+        assert lines.count(f"{names[rank]} waits for {names[1 - rank]}") >= 2, lines
     for rank in ranks:
         assert_close(weights(rank.out), weights(one_process("north", "west")))
 
@@ -304,7 +320,7 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on(start, one_process):
     assert [rank.end() for rank in again] == [0, 0], [rank.error for rank in again]
     for rank in again:
         assert_close(weights(rank.out), weights(one_process("north", "west")))
-    assert "rank 1" in told.lower()
+    assert "the run failed: rank 1 (west) was killed" in told
 
 
 @pytest.mark.slow
@@ -362,13 +378,14 @@ def test_a_bad_case_ends_all_ranks_with_its_reason(name, seconds, start, tmp_pat
     [other] = files.keys() - {name}
     shutil.copytree(sites / name, tmp_path / name / name)
     truncate(tmp_path / name / name / files[name])
-    ranks = start(patches={other: f"before(multisite, 'load_hospitals', wait({seconds}))"})
+    ranks = start(patches={other: f"before(hospitals, 'load_hospitals', wait({seconds}))"})
     assert [rank.end() for rank in ranks] == [1, 1]
     for rank in ranks:
         assert f"{files[name]}: cannot be read" in rank.error
         assert not rank.out.exists()
-    told = {rank.folder.name: rank for rank in ranks}[other].failure()
-    assert f"rank {['north', 'west'].index(name)} ({name}): " in told
+        reason = f"rank {['north', 'west'].index(name)} ({name}): {name}/{files[name]}: cannot be"
+        assert rank.root_cause().startswith(reason)
+    assert reason in {rank.folder.name: rank for rank in ranks}[other].failure()
 
 
 @pytest.mark.slow
@@ -382,19 +399,31 @@ def test_a_fault_in_a_round_is_told_to_those_that_still_train(name, start):
     assert [rank.end() for rank in ranks] == [1, 1]
     by_name = {rank.folder.name: rank for rank in ranks}
     assert f": round 2, hospital {name}: the disk is gone" in by_name[name].failure()
-    rank = ["north", "west"].index(name)
-    assert f"rank {rank} ({name}): the disk is gone" in by_name[other].failure()
+    reason = f"rank {['north', 'west'].index(name)} ({name}): the disk is gone"
+    assert f"): the run failed: {reason}" in by_name[other].failure()  # without other's round
+    assert [rank.root_cause() for rank in ranks] == [reason, reason]
 
 
 @pytest.mark.slow
-@pytest.mark.thorough
 def test_a_bug_keeps_its_traceback_and_is_told_to_the_others(start):
     ranks = start(patches={"west": "before(fedgin, 'train_locally', stumble)"})
     assert [rank.end() for rank in ranks] == [1, 1]
     for part in ("Traceback", "AttributeError: no such layer", "round 1, hospital west"):
         assert part in ranks[1].own_error()
+        assert part in ranks[1].root_cause()
     assert "the run failed" not in ranks[1].own_error()
     assert "rank 1 (west): no such layer" in ranks[0].failure()
+    assert ranks[0].root_cause() == "rank 1 (west): no such layer"
+
+
+@pytest.mark.slow
+@pytest.mark.thorough
+def test_a_scan_that_cannot_be_read_in_the_test_is_told_to_the_others(start):
+    ranks = start(patches={"west": "before(fedgin, 'test', refuse)"})
+    assert [rank.end() for rank in ranks] == [1, 1]
+    reason = "west/s0004: cannot be read; fetch it again"
+    assert f"\nmultisite.py (rank 1, west): {reason}\n" in ranks[1].error
+    assert [rank.root_cause() for rank in ranks] == [f"rank 1 (west): {reason}"] * 2
 
 
 @pytest.mark.slow
@@ -406,7 +435,8 @@ def test_a_rank_that_is_stopped_stops_the_others(name, start):
     stopped = ["north", "west"].index(name)
     ranks[stopped].process.send_signal(signal.SIGINT)
     assert [rank.end() for rank in ranks] == [1, 1]
-    assert "stopped; the same command with --resume goes on" in ranks[stopped].error
+    assert f"multisite.py (rank {stopped}, {name}): stopped\n" in ranks[stopped].error
+    assert "the same command with --resume goes on" in ranks[stopped].error
     assert f"rank {stopped} ({name}): was stopped" in ranks[1 - stopped].failure()
 
 
@@ -507,9 +537,9 @@ def test_a_cut_link_in_a_round_ends_both_ranks_within_the_timeout(two_networks, 
 @pytest.mark.thorough
 def test_a_cut_link_in_preparation_ends_both_ranks_within_the_timeout(two_networks, start):
     inside, cut = two_networks
-    patch = "before(multisite, 'load_hospitals', lambda: (print('at work'), time.sleep(6)))"
+    patch = "before(hospitals, 'load_hospitals', lambda: (print('at work'), time.sleep(6)))"
     ranks = start("--timeout", 4, inside=inside, patches={"north": patch})
-    while "waits for rank 0" not in (ranks[1].folder / "stdout").read_text():
+    while "waits for rank 0" not in ranks[1].error:
         assert ranks[1].process.poll() is None, ranks[1].error
         time.sleep(0.01)
     cut()
@@ -534,8 +564,7 @@ def test_a_cut_link_in_preparation_ends_both_ranks_within_the_timeout(two_networ
         ("--mri a --arm centralized", "argument --arm: invalid choice: 'centralized'"),
     ],
 )
-def test_bad_flags_take_one_line_and_exit_code_2(args, message, capsys, monkeypatch):
-    monkeypatch.delenv("RANK", raising=False)
+def test_bad_flags_take_one_line_and_exit_code_2(args, message, capsys):
     with pytest.raises(SystemExit) as end:
         multisite.main(args.split())
     assert end.value.code == 2
@@ -546,7 +575,6 @@ def test_bad_flags_take_one_line_and_exit_code_2(args, message, capsys, monkeypa
 
 @pytest.mark.parametrize("timeout", ["0", "-1", "nan", "inf"])
 def test_a_timeout_must_be_a_positive_number(timeout, capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(multisite, "run", lambda *_: pytest.fail("went on"))
     with pytest.raises(SystemExit) as end:
         multisite.main(["--mri", "a", f"--timeout={timeout}"])
@@ -557,6 +585,7 @@ def test_a_timeout_must_be_a_positive_number(timeout, capsys, monkeypatch):
 def test_a_rank_is_named_by_its_folder(monkeypatch, tmp_path):
     called = []
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setattr(multisite, "run", lambda *args: called.append(args))
     assert multisite.main(["--ct", f"{tmp_path}/west/", "--arm", "fl", "--seed", "7"]) == 0
     assert multisite.main(["--mri", "b", "--name", "north", "--timeout", "9", "--out", "c"]) == 0
@@ -596,6 +625,81 @@ def together(size, function):
 def alone(told):
     """The only rank, which leaves in `told` what others would hear of it."""
     return Together(0, told, threading.Barrier(1))
+
+
+@pytest.fixture
+def ranks_in_threads(monkeypatch, tmp_path):
+    """A function: what each rank does with its peers → their errors, and what torchrun would say.
+
+    All hear of one another through a store in memory.
+    """
+
+    def start(*actions, timeout=10.0):
+        store, ranks = distributed.HashStore(), []
+        monkeypatch.setenv("WORLD_SIZE", str(len(actions)))
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+        monkeypatch.setattr(distributed, "rendezvous", lambda *_, **__: iter([(store, 0, 0)]))
+        for rank in range(len(actions)):
+            monkeypatch.setenv("RANK", str(rank))
+            ranks.append(Peers("abc"[rank], timeout))
+
+        def act(peers):
+            try:
+                return actions[peers.rank](peers)
+            except Exception as error:
+                peers.leave(error)
+                return error
+
+        with ThreadPoolExecutor(len(actions)) as pool:
+            return list(pool.map(act, ranks))
+
+    return start
+
+
+def test_all_ranks_end_with_the_reason_of_the_first_that_failed(ranks_in_threads, capsys):
+    def fail(peers):
+        time.sleep(1.5)
+        raise DataError("no scan")
+
+    def listen(peers):
+        try:
+            return peers.exchange("settings", 1)
+        except PeerError as error:
+            error.add_note("round 2, hospital a")
+            raise
+
+    def fail_later(peers):
+        time.sleep(4)
+        raise OSError("no disk")
+
+    first, heard, own = ranks_in_threads(fail, listen, fail_later)
+    assert (type(first), type(own), str(own)) == (DataError, OSError, "no disk")
+    assert (type(heard), str(heard), heard.__notes__) == (PeerError, "rank 0 (a): no scan", [])
+    waits = [line for line in capsys.readouterr().err.splitlines() if " waits for " in line]
+    assert sorted(waits) == [
+        "rank 0 (a): no scan; rank 0 (a) waits for rank 2",
+        "rank 0 (a): no scan; rank 1 (b) waits for rank 2",
+        "rank 1 (b) waits for rank 0, rank 2",
+    ]
+
+
+def test_a_rank_that_says_nothing_is_named_and_not_waited_for_again(ranks_in_threads):
+    began = time.monotonic()
+    a, _, c = ranks_in_threads(
+        lambda peers: peers.exchange("x", 0),
+        lambda peers: None,
+        lambda peers: peers.exchange("x", 2),
+        timeout=2,
+    )
+    for error in (a, c):
+        assert str(error) == "rank 1 was killed, is cut off or takes longer than --timeout 2"
+    assert time.monotonic() - began < 3.5
+
+
+def test_what_ranks_exchange_comes_back_by_rank(ranks_in_threads):
+    values = [{"liver": 0.5}, [1, None], "ü"]
+    found = ranks_in_threads(*(lambda peers: peers.exchange("x", values[peers.rank]),) * 3)
+    assert found == [values] * 3
 
 
 def states(n):
@@ -699,9 +803,19 @@ def hospital(name, modality, labelled=(True,) * 5, cases=1):
     return Hospital(name, modality, [volume] * cases, [], [])
 
 
-def check_alike(configs, hospitals):
+def check_alike(*configs, names=("north", "west")):
     def check(peers):
-        multisite.check_alike(configs[peers.rank], hospitals[peers.rank], peers)
+        multisite.check_alike(configs[peers.rank], names[peers.rank], peers)
+        return peers.labels
+
+    return together(len(configs), check)
+
+
+def check_cases(configs, *hospitals):
+    """hospitals: of each rank, its own first and then those that it only tests on."""
+
+    def check(peers):
+        multisite.check_cases(configs[peers.rank], hospitals[peers.rank], peers)
 
     return together(len(configs), check)
 
@@ -714,7 +828,7 @@ def test_ranks_that_agree_may_differ_in_what_is_their_own():
     own = {"out": "b/out", "cache": "c", "no_cache": True, "resume": True}
     own |= {"test": ("held_out",), "layout": "amos", "skip_bad": True}
     b = Config(ct=("west",), arms=("fedgin",), **own)
-    check_alike([a, b], [MRI, CT])
+    assert check_alike(a, b) == [["rank 0 (north)", "rank 1 (west)"]] * 2
 
 
 @pytest.mark.parametrize(
@@ -732,27 +846,27 @@ def test_settings_that_differ_are_named(more, message):
     a = Config(mri=("north",), arms=("fedgin",))
     b = Config(**{"ct": ("west",), "arms": ("fedgin",), **more})
     with pytest.raises(DataError, match=message):
-        check_alike([a, b], [MRI, CT])
+        check_alike(a, b)
 
 
 def test_two_hospitals_of_one_name_are_refused():
     configs = [Config(mri=("north",)), Config(ct=("north",))]
     with pytest.raises(DataError, match="hospitals north, north: two have one name; .* --name"):
-        check_alike(configs, [MRI, CT._replace(name="north")])
+        check_alike(*configs, names=["north", "north"])
 
 
 def test_organs_that_are_not_labelled_are_refused():
     configs = [Config(mri=("north",)), Config(ct=("west",))]
     few = hospital("west", "ct", labelled=(True, True, False, False, False))
     with pytest.raises(DataError, match=r"west: liver, kidneys\); use --organs liver kidneys or"):
-        check_alike(configs, [MRI, few])
+        check_cases(configs, [MRI], [few])
     partial = [Config(mri=("north",), partial_labels=True), Config(ct=("w",), partial_labels=True)]
-    check_alike(partial, [MRI, few])
+    check_cases(partial, [MRI], [few])
     fewer = hospital("north", "mri", labelled=(False, True, True, True, False))
     with pytest.raises(DataError, match="not one folder labels .*gallbladder"):
-        check_alike(partial, [fewer, few])
+        check_cases(partial, [fewer], [few])
 
 
 def test_a_rank_without_training_cases_is_refused():
     with pytest.raises(DataError, match="north has no training case"):
-        check_alike([Config(mri=("north",))], [MRI._replace(train=[])])
+        check_cases([Config(mri=("north",))], [MRI._replace(train=[])])
