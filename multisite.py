@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, distributed, nn
@@ -57,7 +57,7 @@ class Peers:
         self.timeout, self.sums, self.lost = timeout, 0, list[str]()
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.labels = [f"rank {rank}" for rank in range(self.size)]
-        self.labels[self.rank] += f" ({name})"
+        self.labels[self.rank] += f" ({name})" if name else ""
         self.thread = multiprocessing.pool.ThreadPool(1)
         store, _, _ = next(distributed.rendezvous("env://", timeout=timedelta(seconds=timeout)))
         # After a restart the store still holds what was said before it.
@@ -260,9 +260,18 @@ def share_scores(scores: list[dict], peers: Peers) -> list[dict]:
     return [score if score["case"] else {**score, "case": f"case {n}"} for n, score in numbered]
 
 
+def refuse(message: str) -> NoReturn:
+    """End a rank that was started with wrong flags, and let the others hear of it."""
+    print(f"multisite.py (rank {os.environ['RANK']}): {message}", file=sys.stderr)
+    Peers("", timeout=60).leave(DataError(message))
+    sys.exit(2)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; see run_command for its exit codes."""
     parser = make_parser(__doc__, leave_out=SEVERAL)
+    if distributed.is_torchelastic_launched():
+        parser.error = refuse  # type: ignore[method-assign]
     add = parser.add_argument_group("federation").add_argument
     add("--arm", default="fedgin", choices=("fl", "fedgin"), help="without or with GIN")
     add("--seed", type=int, default=42, metavar="N", help="of all draws (default: 42)")

@@ -427,6 +427,17 @@ def test_a_scan_that_cannot_be_read_in_the_test_is_told_to_the_others(start):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", [pytest.param("north", marks=pytest.mark.thorough), "west"])
+def test_a_wrong_flag_is_told_to_the_others(name, start):
+    began = time.monotonic()
+    ranks = start("--timeout", 40, own={name: ["--rate", 1]})
+    assert [rank.end() for rank in ranks] == [1, 1]
+    assert time.monotonic() - began < 30
+    reason = f"rank {['north', 'west'].index(name)}: unrecognized arguments: --rate 1"
+    assert [rank.root_cause() for rank in ranks] == [reason, reason]
+
+
+@pytest.mark.slow
 @pytest.mark.thorough
 @pytest.mark.parametrize("name", ["north", "west"])
 def test_a_rank_that_is_stopped_stops_the_others(name, start):
