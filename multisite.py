@@ -235,6 +235,8 @@ def check_cases(config: Config, hospitals: Sequence[Hospital], peers: Peers) -> 
     name = hospitals[0].name
     if not hospitals[0].train:
         raise DataError(f"{name} has no training case")
+    if name in [other.name for other in hospitals[1:]]:
+        raise DataError(f"{name}: so is a --test folder called too; give another --name")
     labelled = itertools.compress(config.organs, hospitals[0].train[0].labelled[1:])
     organs = dict(peers.exchange("organs", [name, list(labelled)]))
     check_organs({k: set(v) for k, v in organs.items()}, config.organs, config.partial_labels)

@@ -881,3 +881,10 @@ def test_organs_that_are_not_labelled_are_refused():
 def test_a_rank_without_training_cases_is_refused():
     with pytest.raises(DataError, match="north has no training case"):
         check_cases([Config(mri=("north",))], [MRI._replace(train=[])])
+
+
+def test_a_hospital_and_its_test_folder_have_two_names():
+    configs = [Config(mri=("north",), test=("held_out",))]
+    check_cases(configs, [MRI, hospital("held_out", "")])
+    with pytest.raises(DataError, match="north: so is a --test folder called too; .* --name"):
+        check_cases(configs, [MRI, hospital("north", "")])
