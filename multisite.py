@@ -137,8 +137,8 @@ class Peers:
             return PeerError(json.loads(self._ask("get", "failed"))[0])
         silent = self._silent(key)
         self.lost = silent or self.labels  # nobody waits for these to leave
-        what = f"was killed, is cut off or takes longer than --timeout {self.timeout:g}"
-        return PeerError(f"{' or '.join(silent) or 'another rank'} {what}")
+        who, limit = " or ".join(silent) or "another rank", f"--timeout {self.timeout:g}"
+        return PeerError(f"{who} was killed, is cut off or takes longer than {limit}")
 
     def _silent(self, key: str) -> list[str]:
         """The ranks that have not set a key."""
@@ -248,8 +248,7 @@ def share_state(state: dict, model: nn.Module, peers: Peers) -> dict:
     told = {**state, "weights": None, "best": {**best, "weights": None}, "history": []}
     first = peers.exchange("state", told)[0]
     own = torch.cat([pack(w or weights) for w in (state["weights"], best["weights"])])
-    sums = peers.add_up(own if peers.rank == 0 else torch.zeros_like(own))
-    last, top = (unpack(vector, weights) for vector in sums.chunk(2))
+    last, top = (unpack(w, weights) for w in peers.add_up(own * (peers.rank == 0)).chunk(2))
     first |= {"weights": last, "best": {**first["best"], "weights": top}}
     return first | {"history": [r for r in state["history"] if r["round"] <= first["round"]]}
 
