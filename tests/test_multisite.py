@@ -334,10 +334,8 @@ def test_torchrun_goes_on_after_a_rank_was_killed(start, one_process):
     for rank in ranks:
         assert_close(weights(rank.out), weights(one_process("north", "west")))
         found = json.loads((rank.out / "results.json").read_text())
-        assert [(r["hospital"], r["arm"]) for r in found["results"]] == [
-            ("north", "fedgin"),
-            ("west", "fedgin"),
-        ]
+        assert [r["hospital"] for r in found["results"]] == ["north", "west"]
+        assert {r["arm"] for r in found["results"]} == {"fedgin p=1"}
     assert [row["round"] for row in history(ranks[0].out)] == ["1", "2", "3"]
 
 
@@ -456,12 +454,13 @@ def test_a_rank_that_is_stopped_stops_the_others(name, start):
 @pytest.mark.parametrize("name", ["north", "west"])
 def test_a_folder_that_holds_a_run_is_told_to_the_others(name, start, tmp_path):
     (tmp_path / name / "out").mkdir(parents=True)
-    (tmp_path / name / "out/config.json").write_text("{}")
+    for file in ("config.json", "checkpoint.pt"):
+        (tmp_path / name / "out" / file).write_text("{}")
     ranks = start("--timeout", 20)
     began = time.monotonic()
     assert [rank.end() for rank in ranks] == [1, 1]
     for rank in ranks:
-        assert "holds a run; --resume continues it" in rank.error
+        assert "holds a run; --resume continues" in rank.root_cause()
     assert time.monotonic() - began < 15
 
 
