@@ -38,7 +38,7 @@ from hospitals import Hospital, load_hospitals, record
 from progress import Progress, count_steps
 
 OWN = ("ct", "mri", "test", "layout", "skip_bad", *NOT_COMPARED)  # settings of one hospital alone
-SEVERAL = ("scenario", "arms", "ratios", "mri_cases", "seeds", "sites")  # fedgin.py's
+SEVERAL = ("scenario", "arms", "ratios", "mri_cases", "seeds", "sites", "gin_probability")
 
 
 class PeerError(ConnectionError):
@@ -275,6 +275,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error = refuse  # type: ignore[method-assign]
     add = parser.add_argument_group("federation").add_argument
     add("--arm", default="fedgin", choices=("fl", "fedgin"), help="without or with GIN")
+    text = "share of the images that GIN transforms (default: 1, the paper's)"
+    add("--gin-probability", type=float, default=1.0, metavar="X", help=text)
     add("--seed", type=int, default=42, metavar="N", help="of all draws (default: 42)")
     add("--name", help="of this hospital (default: its folder's)")
     text = "seconds for which ranks wait for one another (default: 1800)"
@@ -288,8 +290,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not distributed.is_torchelastic_launched():
         parser.error("must be started by torchrun; see docs/several-machines.md")
     name = args.name or os.path.basename(os.path.abspath(folders[0]))
-    if args.gin_probability and len(args.gin_probability) > 1:
-        parser.error("--gin-probability: one value, as one model is trained")
     fixed = {"scenario": "complete", "arms": (args.arm,), "seeds": (args.seed,)}
     config = to_config(parser, args, **fixed, out=args.out or f"runs/{args.arm}-{name}")
     title = f"multisite.py (rank {os.environ['RANK']}, {name})"

@@ -156,7 +156,7 @@ def test_help_has_every_flag_with_its_defaults(monkeypatch):
         "(default: liver kidneys spleen pancreas gallbladder)",
         "mean ± deviation (default: 42)",
         f"of {', '.join(arms.ARMS)} (default: the scenario's)",
-        "several: an arm each (default: 1.0)",
+        "0.5 kinder to CT (default: 1.0 0.5)",
         "python fedgin.py --scenario limited",
     ):
         assert default in text

@@ -34,6 +34,7 @@ from phantom import SPACING, phantom
 from unet3d import UNet3D
 
 TINY = ["--rounds", "2", "--local-steps", "2", "--batch-size", "2"]
+TINY += ["--gin-probability", "1"]
 TINY += ["--patch", "32", "--width", "2", "--depth", "2"]
 CPU = torch.device("cpu")
 

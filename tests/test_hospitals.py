@@ -27,6 +27,7 @@ from hospitals import (
 from phantom import phantom
 
 TINY = ["--rounds", "1", "--local-steps", "1", "--batch-size", "2"]
+TINY += ["--gin-probability", "1"]
 TINY += ["--patch", "32", "--width", "2", "--depth", "2"]
 SPLITS = ("train", "val", "test")
 

@@ -32,7 +32,7 @@ from multisite import PeerError, Peers
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--rounds", "3", "--local-steps", "1", "--batch-size", "2", "--width", "2", "--depth", "2"]
-TINY += ["--patch", "32", "--spacing", "12", "--val-every", "1"]
+TINY += ["--patch", "32", "--spacing", "12", "--val-every", "1", "--gin-probability", "1"]
 MODALITY = {"north": "mri", "south": "mri", "west": "ct"}
 
 # What a rank runs that is to fail: multisite.py with an action before the n-th call of a function.

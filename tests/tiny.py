@@ -7,6 +7,7 @@ import torch
 import fedgin
 
 TINY = ["--rounds", "4", "--local-steps", "2", "--batch-size", "2", "--patch", "32"]
+TINY += ["--gin-probability", "1"]
 TINY += ["--width", "2", "--depth", "2", "--arms", "fl", "fedgin"]
 
 
