@@ -53,6 +53,14 @@ def label_arms(config: Config) -> dict[str, Arm]:
     return arms
 
 
+def find_arm(config: Config, label: str) -> Arm:
+    """The arm of a label. Raises ValueError for one that the config does not train."""
+    found = label_arms(config)
+    if label not in found:
+        raise ValueError(f"no arm is labelled {label!r}; there are {', '.join(found)}")
+    return found[label]
+
+
 def check_arms(config: Config, held: Collection[str]) -> None:
     """Raise DataError if an arm needs a modality of which nobody holds training cases."""
     for label, arm in label_arms(config).items():

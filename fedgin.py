@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import arms
 import data
 import results
-from arms import Arm, choose_cases, label_arms, taking_part
+from arms import Arm, choose_cases, find_arm, label_arms, taking_part
 from config import Config, describe, how_to_go_on, make_parser, run_command, to_config
 from data import Volume
 from evaluate import choose_device, dice, mixed_precision, score_case
@@ -93,7 +93,7 @@ def batches(
     for images, labels, labelled in watch(drawn, f"round {round_} of {config.rounds}"):
         known = None if labelled.all() else labelled.to(device, non_blocking=True)
         images, labels = (part.to(device, non_blocking=True) for part in (images, labels))
-        yield augment(images) if p else images, (labels, known)
+        yield augment(images), (labels, known)
 
 
 # ----------------------------------------------------------------------------------------- a round
@@ -119,7 +119,7 @@ def train_arm(
     def lr(round_: int) -> float:
         return config.lr * (1 - (round_ - 1) / config.rounds) ** 0.9
 
-    arm = label_arms(config)[state["arm"]]
+    arm = find_arm(config, state["arm"])
     model = make_model(config, state["seed"], device, state["weights"])
     clients = make_clients(config, state["seed"], arm, hospitals, device, watch)
     train = functools.partial(train_locally, autocast=mixed_precision(device))

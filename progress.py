@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 import results
-from arms import choose_cases, label_arms, taking_part
+from arms import choose_cases, find_arm, label_arms, taking_part
 from config import Config
 from hospitals import Hospital, validation_cases
 
@@ -81,7 +81,7 @@ def count_steps(
     config: Config, seed: int, label: str, hospitals: Sequence[Hospital], folder: results.Run
 ) -> int:
     """Batches to train on and cases to segment until a training is through with its test."""
-    arm, start = label_arms(config)[label], folder.checkpoint(seed, label).get("round", 0)
+    arm, start = find_arm(config, label), folder.checkpoint(seed, label).get("round", 0)
     a_round = sum(steps for _, steps in choose_cases(config, arm, hospitals).values())
     n_val = len(validation_cases(seed, taking_part(arm, hospitals)))
     every = config.val_every

@@ -5,7 +5,7 @@ import math
 import pytest
 from test_fedgin import arm, config, hospitals
 
-from arms import ARMS, check_arms, choose_cases, describe_shares, label_arms
+from arms import ARMS, check_arms, choose_cases, describe_shares, find_arm, label_arms
 from datasets import DataError
 
 
@@ -112,3 +112,10 @@ def test_shares_say_who_trains_on_what():
         "centralized 1:1:            training cases: pooled 6",
         "centralized 1:5:            training cases: pooled 15",
     ]
+
+
+def test_a_label_that_is_not_trained_is_refused_with_those_that_are():
+    settings = config("--arms", "fl", "fedgin", "--scenario", "complete")
+    assert find_arm(settings, "fedgin p=1").gin == 1
+    with pytest.raises(ValueError, match="no arm is labelled 'fedgin'; there are fl, fedgin p=1"):
+        find_arm(settings, "fedgin")
