@@ -147,7 +147,7 @@ def test_blend_is_gin_for_the_alpha_that_gin_draws():
 
 
 def test_pictures_of_the_method(tmp_path):
-    figures.draw(None, tmp_path)
+    figures.draw([], tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {
         "gin.png", "gin-steps.png", "round.png", "arms.png"
     }  # fmt: skip
