@@ -205,8 +205,13 @@ def predictions(run: Run):
 
 
 def budget(*runs: Run):
-    """Test Dice against the steps that a hospital trains, mean over seeds; a row a scanner."""
-    labels = dict.fromkeys(score["arm"] for run in runs for score in run.scores)
+    """Test Dice against the steps that a hospital trains, mean over the seeds and arms of all runs.
+
+    A row a scanner.
+    """
+    trained = [{(score["seed"], score["arm"]) for score in run.scores} for run in runs]
+    shared = set.intersection(*trained)
+    labels = [arm for _, arm in sorted(shared)]
     found = {score["scanner"] for run in runs for score in run.scores}
     scanners = [scanner for scanner in ("own", "other") if scanner in found]
     if not labels:
@@ -218,7 +223,11 @@ def budget(*runs: Run):
             axis.set_title(f"{modality.upper()}, {scanner} scanner")
             points = defaultdict(list)
             for run in runs:
-                scores = [score for score in run.scores if score["scanner"] == scanner]
+                scores = [
+                    score
+                    for score in run.scores
+                    if score["scanner"] == scanner and (score["seed"], score["arm"]) in shared
+                ]
                 for label, columns in tables.summarize(scores, run.config.organs).items():
                     steps = run.config.rounds * run.config.local_steps
                     points[label].append((steps, columns["dice", modality][0]))
