@@ -192,7 +192,9 @@ def predictions(run: Run):
         maps = {title: np.zeros_like(case.labels), "target": case.labels}
         for label, path in paths.items():
             model, about = predict.load_model(path, torch.device("cpu"))
-            maps[label] = predict.segment(model, case.image, about["patch"], case.labels.shape)
+            maps[label.replace(" ", "\n", 1)] = predict.segment(
+                model, case.image, about["patch"], case.labels.shape
+            )
         for axis, (name, labels) in zip(row, maps.items(), strict=True):
             show(axis, image[:, :, z], window(image, modality), name)
             overlay(axis, labels[:, :, z])

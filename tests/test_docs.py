@@ -231,7 +231,7 @@ def test_ratios_shows_means_and_deviations(run):
 def test_predictions_shows_a_case_in_its_window_and_each_model_of_the_last_ratio(run):
     figure = figures.predictions(figures.read_run(run))
     titles = [axis.get_title() for axis in figure.axes]
-    columns = ["target", "fl 1:5", "fedgin 1:5 p=1", "fedgin 1:5 p=0.5"]
+    columns = ["target", "fl\n1:5", "fedgin\n1:5 p=1", "fedgin\n1:5 p=0.5"]
     mri, ct = "MRI phantom16\npercentiles 0.5…99.5", "CT phantom16\n−160…240 HU"
     assert titles == [mri, *columns, ct, *columns]
     for row, modality in enumerate(("mri", "ct")):
