@@ -328,7 +328,7 @@ def test_a_test_folder_that_holds_what_is_trained_on_is_warned_of(
 
 def test_run_does_what_the_command_does(tmp_path, quick):
     assert command("--rounds", 2, "--out", tmp_path / "command") == 0
-    settings = {"rounds": 2, "local_steps": 2, "width": 2, "depth": 2}
+    settings = {"rounds": 2, "local_steps": 2, "width": 2, "depth": 2, "gin_probability": 1.0}
     fedgin.run(Config(**settings, out=str(tmp_path / "call")))
     assert_same(outcome(tmp_path / "command"), outcome(tmp_path / "call"))
 
