@@ -58,7 +58,7 @@ class CachedVolume:
             raise AttributeError(name)
         path = self.folder / FILES[name]
         if name in self._checksums:
-            if not path.is_file() or zlib.crc32(path.read_bytes()) != self._checksums[name]:
+            if not path.is_file() or _crc(path) != self._checksums[name]:
                 tqdm.write(f"{path}: is damaged; {self.case.image} is read again", file=sys.stderr)
                 volume = self._make()
                 shutil.rmtree(self.folder, ignore_errors=True)
@@ -79,7 +79,7 @@ def write_entry(folder: Path, volume: Any) -> None:
         for name in ("image", "labels", "foreground_voxels"):
             np.save(temporary / FILES[name], getattr(volume, name))
         (temporary / FILES["target"]).write_bytes(volume.target)
-        checksums = {n: zlib.crc32((temporary / file).read_bytes()) for n, file in FILES.items()}
+        checksums = {n: _crc(temporary / file) for n, file in FILES.items()}
         entry = {"counts": volume.counts.tolist(), "checksums": checksums}
         (temporary / "entry.json").write_text(json.dumps(entry))
         temporary.rename(folder)
@@ -128,11 +128,16 @@ def _content_crc(path: Path, size: int, time: int) -> int:
             crc, length = struct.unpack("<II", file.read())
             if length == _unpacked_bytes(path) % 2**32:
                 return crc
-        file.seek(0)
-        crc = 0
+    return _crc(path)
+
+
+def _crc(path: Path) -> int:
+    """The CRC-32 of a file, piece by piece: memory for all of a volume costs more than the sum."""
+    crc = 0
+    with path.open("rb") as file:
         while chunk := file.read(2**20):
             crc = zlib.crc32(chunk, crc)
-        return crc
+    return crc
 
 
 def _unpacked_bytes(path: Path) -> int:
