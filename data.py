@@ -239,16 +239,20 @@ def patches(
     def draw(n: int) -> int:
         return int(torch.randint(n, (), generator=generator))
 
+    size = (batch_size, patch, patch, patch)
     for _ in range(steps):
-        batch = []
-        for _ in range(batch_size):
+        # Filled in place, by NumPy on this thread alone: every copy costs pages of new memory, and
+        # PyTorch's threads would wait for cores that are training.
+        images, labels, labelled = np.empty(size, np.float32), np.empty(size, np.int64), []
+        for image, label in zip(images, labels, strict=True):
             volume = volumes[draw(len(volumes))]
+            labelled.append(volume.labelled)
             try:
-                batch.append((*_draw_patch(volume, patch, draw), torch.from_numpy(volume.labelled)))
+                _draw_patch(volume, draw, image, label)
             except (OSError, ValueError) as error:
                 raise DataError(f"case {volume.id}: {error}") from error
-        images, labels, labelled = map(torch.stack, zip(*batch, strict=True))
-        yield images[:, None], labels.long(), labelled
+        known = torch.from_numpy(np.stack(labelled))
+        yield torch.from_numpy(images[:, None]), torch.from_numpy(labels), known
 
 
 def prefetch(batches: Iterator[tuple], pin: bool = False) -> Iterator[tuple]:
@@ -268,8 +272,12 @@ def prefetch(batches: Iterator[tuple], pin: bool = False) -> Iterator[tuple]:
             yield batch
 
 
-def _draw_patch(volume: Volume, patch: int, draw: Callable[[int], int]) -> tuple[Tensor, Tensor]:
-    shape, foreground = volume.labels.shape, volume.foreground_voxels
+def _draw_patch(
+    volume: Volume, draw: Callable[[int], int], image: np.ndarray, labels: np.ndarray
+) -> None:
+    """Fill an image and its labels, (P, P, P) each, with a patch of a volume."""
+    whole, whole_labels, foreground = volume.image, volume.labels, volume.foreground_voxels
+    patch, shape = len(image), whole.shape
     starts = [draw(max(n - patch, 0) + 1) for n in shape]
     organs = np.unique(foreground[:, 0])
     if len(organs) and draw(1000) < 1000 * ORGAN_SHARE:
@@ -279,18 +287,12 @@ def _draw_patch(volume: Volume, patch: int, draw: Callable[[int], int]) -> tuple
             min(max(c - patch // 2, 0), max(n - patch, 0))
             for c, n in zip(centre, shape, strict=True)
         ]
-    image, labels = _crop(volume, starts, patch)
-    if not torch.isfinite(image).all():
-        raise ValueError("its preprocessed image has values that are NaN or infinite")
-    return image, labels
-
-
-def _crop(volume: Volume, starts: list[int], patch: int) -> tuple[Tensor, Tensor]:
     window = tuple(slice(start, start + patch) for start in starts)
-    image, labels = volume.image[window], volume.labels[window]
-    if image.shape != (patch,) * 3:
-        before = [(patch - n) // 2 for n in image.shape]
-        margins = [(b, patch - n - b) for b, n in zip(before, image.shape, strict=True)]
-        image = np.pad(image, margins, constant_values=image.min())
-        labels = np.pad(labels, margins)
-    return torch.tensor(image), torch.tensor(labels)
+    found = whole[window]
+    if found.shape != image.shape:
+        image[:], labels[:] = found.min(), 0
+    margins = [(patch - n) // 2 for n in found.shape]
+    inside = tuple(slice(m, m + n) for m, n in zip(margins, found.shape, strict=True))
+    image[inside], labels[inside] = found, whole_labels[window]
+    if not np.isfinite((image.min(), image.max())).all():  # either is NaN if any voxel is
+        raise ValueError("its preprocessed image has values that are NaN or infinite")

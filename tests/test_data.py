@@ -341,6 +341,62 @@ def test_patches_depend_on_the_generator_alone():
     assert runs[0] == runs[1] != runs[2]
 
 
+def plain_patches(volumes, patch, batch_size, steps, generator):
+    """patches in plain steps, each of which makes an array of its own."""
+
+    def draw(n):
+        return int(torch.randint(n, (), generator=generator))
+
+    def one():
+        volume = volumes[draw(len(volumes))]
+        shape, foreground = volume.labels.shape, volume.foreground_voxels
+        starts = [draw(max(n - patch, 0) + 1) for n in shape]
+        organs = np.unique(foreground[:, 0])
+        if len(organs) and draw(1000) < 500:
+            organ = organs[draw(len(organs))]
+            voxels = foreground[foreground[:, 0] == organ, 1:]
+            wanted = voxels[draw(len(voxels))] - patch // 2
+            starts = wanted.clip(0, [max(n - patch, 0) for n in shape])
+        window = tuple(slice(start, start + patch) for start in starts)
+        image, labels = volume.image[window], volume.labels[window]
+        missing = [patch - n for n in image.shape]
+        margins = [(n // 2, n - n // 2) for n in missing]
+        image = np.pad(image, margins, constant_values=image.min())
+        return *map(torch.tensor, (image, np.pad(labels, margins))), torch.tensor(volume.labelled)
+
+    for _ in range(steps):
+        images, labels, labelled = zip(*(one() for _ in range(batch_size)), strict=True)
+        yield torch.stack(images)[:, None], torch.stack(labels).long(), torch.stack(labelled)
+
+
+def test_patches_are_those_of_the_plain_form_bit_for_bit(tmp_path):
+    write_totalsegmentator(tmp_path / "ct", "ct", 2)
+    cached, _ = load_cases(find_cases(tmp_path / "ct"), ORGANS, 6.0, tmp_path / "cache")
+    rng = np.random.default_rng(0)
+    made = []
+    for shape, organs in (((40, 41, 42), 5), ((17, 60, 20), 3), ((50, 24, 33), 0)):
+        labels = (rng.random(shape) < 0.01) * rng.integers(organs + 1, size=shape)
+        image = rng.normal(size=shape).astype(np.float32)
+        labelled = np.arange(6) <= organs
+        made.append(make_volume("x", "ct", image, labels.astype(np.uint8), labelled))
+    draws = [torch.Generator().manual_seed(3) for _ in range(2)]
+    args = [*cached.values(), *made], 24, 3, 40
+    pairs = zip(patches(*args, draws[0]), plain_patches(*args, draws[1]), strict=True)
+    for found, expected in pairs:
+        for a, b in zip(found, expected, strict=True):
+            assert (a.dtype, a.shape, a.is_contiguous()) == (b.dtype, b.shape, True)
+            assert torch.equal(a, b)
+    assert torch.equal(*(draw.get_state() for draw in draws))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_single_voxel_that_is_no_number_is_found(value):
+    volume = numbered_volume((20, 20, 20), [(3, 3, 3)])
+    volume.image[7, 8, 9] = value
+    with pytest.raises(DataError, match="case x: .* NaN or infinite"):
+        next(patches([volume], 20, 1, 1, torch.Generator().manual_seed(1)))
+
+
 def test_prefetching_changes_nothing_and_passes_errors_on():
     volume = numbered_volume((20, 20, 20), [(3, 3, 3)])
 
