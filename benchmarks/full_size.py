@@ -1,165 +1,260 @@
-"""Scans of full size from file to score: what each stage takes of time, memory and disk.
+r"""What a study on scans of full size costs: each part measured, and what all of it comes to.
 
-python -m benchmarks.full_size [--device cuda]
-python -m benchmarks.full_size --cases 1 --shape 96 96 60 --patch 32 --width 4 --steps 4  # a taste
+python -m benchmarks.full_size [--device cuda]  # most of an hour on two cores
+python -m benchmarks.full_size --repeats 1 --ct 6 --mri 4 --amos22 4 --shrink 6 --spacing 12 \
+    --patch 32 --width 4  # a taste, in less than a minute
 
-The scans are phantoms enlarged to 256 × 256 × 160 voxels of 1.5 mm; settings are those for scans.
+Scans are phantoms on the grids of full_size_data.py, settings those for scans. Where the U-Net is
+not measured itself, a network that costs next to nothing stands in for it (full_size_run.py).
+--folder keeps the scans, to be used again.
 """
 
 import argparse
+import collections
+import dataclasses
 import functools
-import json
-import resource
+import os
+import shutil
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+from unittest import mock
 
-import nibabel
-import numpy as np
 import torch
-from scipy import ndimage
-from torch import Tensor, nn
 
 import data
-from benchmarks.compare import parse
+import fedgin
+import results
+from arms import ARMS
+from benchmarks.compare import alternate, in_processes, parse
+from benchmarks.full_size_data import GRIDS, link_half, write
+from benchmarks.full_size_run import PARTS, Pointwise, score_shifted, timed
+from benchmarks.full_size_study import SEEDS, mean_passes, passes, show_study, show_validation
 from config import Config
-from datasets import ORGANS, find_cases
-from evaluate import dice, mixed_precision, score_case
-from federated import train_locally
-from fedgin import segmentation_loss
-from gin import GIN
-from nifti import resample_labels
-from phantom import phantom
-from predict import segment
-from unet3d import UNet3D, memory_format
+from evaluate import mixed_precision
+from federated import train_locally, weighted_average
+from hospitals import Hospital, find_sources
 
+STAND_IN = "benchmarks.full_size_run"
 SCANS = Config(ct=("CT",), mri=("MRI",))  # for its defaults
-MM = 1.5
+SIZES = ("spacing", "patch", "width", "depth")
 
 
-class Stage(NamedTuple):
-    name: str
-    n: int  # of what it does
-    seconds: float
-    host: float  # MB, the most of the process up to its end
-    device: float  # MB, the most that tensors took on the GPU during it
+def configure(folder: Path, args: argparse.Namespace) -> Config:
+    ct, mri, test = ((str(folder / name),) for name in GRIDS)
+    sizes = {name: getattr(args, name) for name in SIZES}
+    about = {"cache": str(folder / "cache"), "seeds": SEEDS, "gin_probability": (1.0,)}
+    return Config("complete", ct=ct, mri=mri, test=test, **about, **sizes)
 
 
-def measure(stages: list[Stage], name: str, n: int, work: Callable[[], Any]) -> Any:
-    """Do the work of a stage and add what it took to the list."""
-    cuda = torch.cuda.is_initialized()
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    began = time.perf_counter()
+def clock(work: Callable[[], Any]) -> tuple[Any, float, float]:
+    """What the work returns, the seconds that it takes, and those of all cores together."""
+    began, used = time.perf_counter(), time.process_time()
     result = work()
-    seconds = time.perf_counter() - began  # all stages end in a result on the CPU
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    stages.append(
-        Stage(name, n, seconds, host, torch.cuda.max_memory_allocated() / 2**20 if cuda else 0)
+    return result, time.perf_counter() - began, time.process_time() - used
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Their median, and the ends."""
+    low, middle, high = (f"{f(values):.{digits}f}" for f in (min, statistics.median, max))
+    return f"{middle} ({low} … {high})"
+
+
+# ------------------------------------------------------------------------------------ before a step
+
+
+def preprocess(config: Config, found: dict[str, float]) -> dict[str, list]:
+    """The volumes of each data set, by way of an empty cache."""
+    cores, volumes = len(os.sched_getaffinity(0)), {}
+    for name, _, _, cases in find_sources(config):
+        about = cases, config.organs, config.spacing
+        work = functools.partial(data.load_cases, *about, Path(config.cache))
+        (loaded, _), seconds, used = clock(work)
+        volumes[name] = [*loaded.values()]
+        each = seconds * min(cores, len(cases)) / len(cases)
+        files = [file for volume in volumes[name] for file in volume.folder.iterdir()]
+        written = sum(file.stat().st_size for file in files) / len(cases)
+        predicted = data.cache_bytes(*about) / len(cases)
+        found |= {f"preprocessing {name}": each, f"cache {name}": written}
+        print(
+            f"preprocessing {name}: {len(cases)} cases, {each:.2f} s a case and worker, "
+            f"{used / len(cases):.2f} s of a core; {written / 1e6:.1f} MB a case in the cache, "
+            f"{predicted / 1e6:.1f} predicted",
+            flush=True,
+        )
+    return volumes
+
+
+def load(config: Config, volumes: Sequence, batches: int, repeats: int) -> None:
+    """How many batches a second come out of the cache."""
+    checked = [clock(lambda v=v: (v.image, v.labels, v.foreground_voxels))[1] for v in volumes]
+    rates = []
+    for turn in range(repeats):
+        draws = data.generator("patches", turn)
+        drawn = data.patches(volumes, config.patch, config.batch_size, batches, draws)
+        _, *seconds = clock(lambda drawn=drawn: sum(1 for _ in data.prefetch(drawn)))
+        rates.append([batches / s for s in seconds])
+    wall, core = zip(*rates, strict=True)
+    print(
+        f"loading {volumes[0].modality}: {spread(wall, 0)} batches/s, {spread(core, 0)} a second "
+        f"of a core; a scan's first use takes {spread(checked, 3)} s more, for its checksums",
+        flush=True,
     )
-    return result
 
 
-def write_cases(folder: Path, modality: str, n: int, shape: Sequence[int]) -> None:
-    """A data set in nnU-Net's layout: enlarged phantoms with some noise, as int16."""
-    for part in ("imagesTr", "labelsTr"):
-        (folder / part).mkdir(parents=True)
-    rng, affine = np.random.default_rng(0), np.diag([MM, MM, MM, 1.0])
-    for index in range(n):
-        image, labels = phantom(0, modality, index)
-        image = ndimage.zoom(image, np.divide(shape, image.shape), order=1)
-        image += rng.normal(0, 10, shape).astype(np.float32)
-        one_hot = (torch.from_numpy(labels == c).float() for c in range(len(ORGANS) + 1))
-        arrays = {
-            f"imagesTr/case_{index:03d}_0000": image.astype(np.int16),
-            f"labelsTr/case_{index:03d}": resample_labels(one_hot, shape),
-        }
-        for name, array in arrays.items():
-            nibabel.save(nibabel.Nifti1Image(array, affine), folder / f"{name}.nii.gz")
-    names = {"background": 0, **{organ: n for n, organ in enumerate(ORGANS, start=1)}}
-    about = {"channel_names": {"0": {"ct": "CT", "mri": "T2"}[modality]}, "labels": names}
-    about |= {"numTraining": n, "file_ending": ".nii.gz"}
-    (folder / "dataset.json").write_text(json.dumps(about))
+def start(config: Config, folder: Path, cases: int, repeats: int, found: dict[str, float]) -> None:
+    """Runs from a full cache with half of the cases and with all, in processes of their own."""
+    link_half(folder, folder / "half")
+    sides = {cases // 2: folder / "half", cases: folder}
+    for until, more in (("start", []), ("whole", ["--rounds", "2", "--local-steps", "4"])):
+        runs: dict[int, list] = {n: [] for n in sides}
+        for turn in range(repeats if until == "start" else max(1, repeats // 2)):
+            for n, where in sides.items():
+                args = [
+                    until,
+                    *flags(config, where),
+                    *more,
+                    f"--out={folder}/runs/{until}-{n}-{turn}",
+                ]
+                runs[n] += in_processes(STAND_IN, {"": args}, 1)[""]
+        for n in sides:
+            show_runs(
+                until, n, {name: [run[name] for run in runs[n]] for name in runs[n][0]}, found
+            )
 
 
-def train(model: nn.Module, volumes: Sequence, steps: int, patch: int) -> float:
-    """Some steps with GIN, as a hospital of fedgin.py does them."""
-    device = next(model.parameters()).device
-    drawn = data.patches(volumes, patch, SCANS.batch_size, steps, data.generator("patches"))
-    augment = GIN(generator=data.generator("gin"))
-
-    def batches():
-        for images, labels, _ in data.prefetch(drawn, pin=device.type == "cuda"):
-            images, labels = (part.to(device, non_blocking=True) for part in (images, labels))
-            yield augment(images), (labels, None)
-
-    weight = torch.ones(len(ORGANS) + 1, device=device)
-    loss: Callable[..., Tensor] = functools.partial(segmentation_loss, weight=weight)
-    return train_locally(model, batches(), loss, lr=1e-3, autocast=mixed_precision(device))
+def flags(config: Config, folder: Path) -> list[str]:
+    """Of fedgin.py, for the data sets in a folder and the configuration's cache."""
+    named = {"scenario": "complete", "arms": "fedgin", "gin-probability": 1, "cache": config.cache}
+    named |= {name: getattr(config, name) for name in SIZES}
+    named |= {flag: folder / name for flag, name in zip(("ct", "mri", "test"), GRIDS, strict=True)}
+    return [text for name, value in named.items() for text in (f"--{name}", str(value))]
 
 
-def run(folder: Path, device: torch.device, args: argparse.Namespace) -> None:
-    stages: list[Stage] = []
-    cases = [case for m in ("ct", "mri") for case in find_cases(folder / m)]
-    load = functools.partial(data.load_cases, cases, ORGANS, args.spacing, folder / "cache")
-    predicted = data.cache_bytes(cases, ORGANS, args.spacing)
-    measure(stages, "preprocessing", len(cases), load)
-    volumes = list(measure(stages, "opening the cache", len(cases), load)[0].values())
-
-    torch.manual_seed(0)
-    model: Any = UNet3D(1, len(ORGANS) + 1, args.width, args.depth)
-    model.to(device, memory_format=memory_format(device))
-    train(model, volumes, 2, args.patch)  # cuDNN tries its algorithms
-    work = functools.partial(train, model, volumes, args.steps, args.patch)
-    measure(stages, "training steps", args.steps, work)
-    test(model, volumes, args, stages)
-
-    total = sum(stage.seconds for stage in stages)
-    print("| stage | n | seconds | share | seconds each | host, MB | GPU, MB |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for name, n, seconds, *memory in stages:
-        times = f"{seconds:.2f} | {seconds / total:.0%} | {seconds / n:.3f}"
-        print(f"| {name} | {n} | {times} | {' | '.join(f'{mb:.0f}' for mb in memory)} |")
-    real = sum(file.stat().st_size for file in (folder / "cache").rglob("*") if file.is_file())
-    print(f"cache: {predicted / 1e6:.1f} MB predicted, {real / 1e6:.1f} MB written")
+def show_runs(until: str, n: int, values: dict[str, list], found: dict[str, float]) -> None:
+    if until == "whole":
+        peak = spread(values["memory"], 0)
+        print(f"memory, {n} cases: {peak} MB at the peak of two rounds and a test", flush=True)
+        return
+    first = values["first batch"]
+    imports, *parts = (statistics.median(values[name]) for name in ("imports", *PARTS))
+    by_case = sum(parts)
+    found["start"], found["start, a case"] = statistics.median(first) - by_case, by_case / n
+    print(
+        f"start, {n} cases: first batch after {spread(first)} s, imports {imports:.2f} s, "
+        f"{', '.join(f'{name} {s:.2f} s' for name, s in zip(PARTS, parts, strict=True))}: these "
+        f"three are {by_case / statistics.median(first):.0%}",
+        flush=True,
+    )
 
 
-def test(model: nn.Module, volumes: Sequence, args: argparse.Namespace, stages: list) -> None:
-    """Validate on the model's grid, segment on the scans' own, and score."""
+# -------------------------------------------------------------------- whole volumes, and the U-Net
 
-    def validate():
-        for v in volumes:
-            found = segment(model, v.image, args.patch, v.labels.shape)
-            for n in range(1, len(ORGANS) + 1):
-                dice(found == n, v.labels == n)
 
-    def segment_all():
-        for v, (target, _) in zip(volumes, targets, strict=True):
-            segment(model, v.image, args.patch, target.shape)
+def whole_volumes(
+    config: Config,
+    volumes: dict[str, list],
+    device: torch.device,
+    repeats: int,
+    found: dict[str, float],
+) -> None:
+    """Validation and the test with the stand-in; the test with its overlap and without, in turn."""
+    model = Pointwise(1, len(config.organs) + 1).to(device)
+    held_out = [v for name in ("ct", "mri") for v in volumes[name][: len(GRIDS[name])]]
+    _, seconds, _ = clock(lambda: fedgin.validate(config, model, held_out, ("mri", "ct")))
+    hospital = Hospital("amos22", "", (), (), volumes["amos22"][: len(GRIDS["amos22"])])
+    n, parts = len(hospital.test), dict[str, float]()
 
-    def score():
-        # Not what this network found, which has learnt nothing: specks all over the volume have
-        # surfaces that take many times as long as organs'.
-        for target, spacing in targets:
-            score_case(np.roll(target, 2, axis=0), target, ORGANS, spacing)
+    def in_turn() -> None:
+        with mock.patch.object(data, "prefetch", lambda items, pin: items):
+            run()
 
-    measure(stages, "validation", len(volumes), validate)
-    read = functools.partial(data.read_target, spacing=args.spacing)
-    targets = measure(stages, "unpacking the targets", len(volumes), lambda: [*map(read, volumes)])
-    measure(stages, "segmentation", len(volumes), segment_all)
-    measure(stages, "scoring", len(volumes), score)
+    def run() -> None:
+        parts.clear()
+        segment = timed(fedgin.segment, parts, "segmenting")
+        score_case = timed(score_shifted, parts, "scoring")
+        with mock.patch.multiple(fedgin, segment=segment, score_case=score_case):
+            collections.deque(fedgin.test(config, model, [hospital]), maxlen=0)
+
+    times = alternate({"overlapping": run, "in turn": in_turn}, device, repeats, warm_up=0)
+    each = {side: [s / n for s in values] for side, values in times.items()}
+    found |= {"validation": seconds / len(held_out), "test": statistics.median(each["overlapping"])}
+    for name, cases in (("validation", held_out), ("test", hospital.test)):
+        found[f"{name} passes"] = mean_passes(config, cases)
+    print(
+        f"validation with the stand-in: {found['validation']:.2f} s a case\n"
+        f"test with the stand-in: {spread(each['overlapping'])} s a case, in turn "
+        f"{spread(each['in turn'])} s, at last "
+        f"{', '.join(f'{part} {s / n:.2f} s' for part, s in parts.items())}",
+        flush=True,
+    )
+
+
+def unet(
+    config: Config,
+    volumes: Sequence,
+    device: torch.device,
+    args: argparse.Namespace,
+    found: dict[str, float],
+) -> None:
+    """Training steps as a hospital does them, a case of validation, and what ends a round."""
+    model, n = fedgin.make_model(config, SEEDS[0], device), len(config.organs) + 1
+    hospital, case = Hospital("ct", "ct", volumes, (), ()), volumes[2]  # of middling size
+
+    def train() -> None:
+        shorter, arm = dataclasses.replace(config, local_steps=args.steps), ARMS["ct-only+gin"]
+        client = fedgin.make_clients(shorter, SEEDS[0], arm, [hospital], device)["ct"]
+        work = client.batches(1), client.loss_function
+        train_locally(model, *work, lr=config.lr, autocast=mixed_precision(device))
+
+    def end_round() -> None:
+        model.load_state_dict(weighted_average([(model.state_dict(), 1.0)] * 2))
+        state = fedgin.new_state(SEEDS[0], "fedgin p=1")
+        state = fedgin.keep_round(state, model, {"ct": 1.0}, {"ct": 1.0}, 1.0)
+        results.save(Path(config.cache) / "checkpoint.pt", state)
+
+    train()  # cuDNN tries its algorithms
+    steps = [clock(train)[1] / args.steps for _ in range(args.repeats)]
+    whole, rest = (
+        clock(lambda m=m: fedgin.validate(config, m, [case], ("ct",)))[1]
+        for m in (model, Pointwise(1, n).to(device))
+    )
+    calls = passes(config.patch, case.labels.shape)
+    found |= {"step": statistics.median(steps), "pass": (whole - rest) / calls}
+    found["round"] = statistics.median(clock(end_round)[1] for _ in range(3))
+    print(
+        f"U-Net: {spread(steps)} s a training step; {whole:.2f} s to validate on "
+        f"{case.labels.shape} voxels, in {calls} forward passes of {found['pass']:.2f} s; "
+        f"{found['round']:.2f} s to average two models and write a checkpoint",
+        flush=True,
+    )
+    if device.type == "cuda":
+        print(f"GPU memory: {torch.cuda.max_memory_allocated() / 2**20:.0f} MB at its peak")
 
 
 def main() -> None:
-    numbers = {"cases": 4, "steps": 20, "shape": (256, 256, 160)}
-    numbers |= {name: getattr(SCANS, name) for name in ("spacing", "patch", "width", "depth")}
+    numbers = {"ct": 60, "mri": 30, "amos22": 8, "shrink": 1, "batches": 100, "repeats": 5}
+    numbers |= {"steps": 1, "folder": ""} | {name: getattr(SCANS, name) for name in SIZES}
     device, args = parse(__doc__, **numbers)
-    with tempfile.TemporaryDirectory() as folder:
-        for modality in ("ct", "mri"):
-            write_cases(Path(folder) / modality, modality, args.cases, args.shape)
-        run(Path(folder), device, args)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(args.folder or temporary).absolute()
+        config, found = configure(folder, args), dict[str, float]()
+        cases = {name: getattr(args, name) for name in GRIDS}
+        _, seconds, _ = clock(lambda: write(folder, cases, args.shrink))
+        print(f"{cases} cases written in {seconds:.0f} s", flush=True)
+        for left in ("cache", "half", "runs"):  # by an earlier run in --folder
+            shutil.rmtree(folder / left, ignore_errors=True)
+        volumes = preprocess(config, found)
+        for name in ("ct", "mri"):
+            load(config, volumes[name], args.batches, args.repeats)
+        show_validation(config, volumes)
+        start(config, folder, sum(cases.values()), args.repeats, found)
+        whole_volumes(config, volumes, device, args.repeats, found)
+        unet(config, volumes["ct"], device, args, found)
+        show_study(config, found, device.type)
 
 
 if __name__ == "__main__":
