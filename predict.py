@@ -1,6 +1,6 @@
 """Segment scans with a checkpoint of fedgin.py: one label map a scan, on the scan's own grid.
 
-    python predict.py --checkpoint runs/limited/fedgin.pt --images DIR_OR_FILES --out DIR
+    python predict.py --checkpoint runs/limited/fedgin-1-5-p1-seed42.pt --images PATHS --out DIR
 
 Where there are labels it prints scores and writes them to scores.csv.
 """
@@ -198,7 +198,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    text = "a trained arm, runs/limited/fedgin.pt for instance"
+    text = "a trained arm, runs/limited/fedgin-1-5-p1-seed42.pt for instance"
     parser.add_argument("--checkpoint", required=True, type=Path, metavar="FILE", help=text)
     parser.add_argument(
         "--images", required=True, nargs="+", metavar="PATH", help="NIfTI files or folders of them"
