@@ -120,8 +120,7 @@ def comparisons(results: Sequence[dict]) -> str:
     for fedgin in (label for label in labels if label.startswith("fedgin")):
         with_p = fedgin.removeprefix("fedgin")
         ratio = with_p.partition(" p=")[0]
-        local = {f"mri-only{ratio}", "mri-only", f"ct-only{ratio}"}
-        peers = {f"fl{ratio}", *local, f"centralized+gin{with_p}"}
+        peers = {"mri-only", f"ct-only{ratio}", f"fl{ratio}", f"centralized+gin{with_p}"}
         for peer in (label for label in labels if label in peers):
             row = [f"{fedgin} − {peer}"]
             for modality in ("mri", "ct"):
@@ -143,16 +142,17 @@ def paired_difference(
     The interval is the 95 % percentile bootstrap over cases (Efron & Tibshirani 1993), 2,000 draws
     of a generator with a fixed seed. NaN with fewer than two cases.
     """
-    dice: dict[tuple, dict] = {}
+    dice: dict[str, dict[tuple, float]] = {a: {}, b: {}}
     for result in results:
-        if result["arm"] in (a, b) and result["modality"] == modality:
+        if result["arm"] in dice and result["modality"] == modality:
             for organ, score in result["scores"].items():
-                key = result["hospital"], result["case"], organ, result["seed"]
-                dice.setdefault(key, {})[result["arm"]] = score.get("dice", math.nan)
+                key = (result["hospital"], result["case"]), organ, result["seed"]
+                dice[result["arm"]][key] = score.get("dice", math.nan)
     by_case: dict[tuple, dict[str, list[float]]] = {}
-    for (hospital, case, organ, _), pair in dice.items():
-        if len(pair) == 2 and not math.isnan(pair[a] - pair[b]):
-            by_case.setdefault((hospital, case), {}).setdefault(organ, []).append(pair[a] - pair[b])
+    for (case, organ, seed), score in dice[a].items():
+        difference = score - dice[b].get((case, organ, seed), math.nan)
+        if not math.isnan(difference):
+            by_case.setdefault(case, {}).setdefault(organ, []).append(difference)
     organs = sorted({organ for found in by_case.values() for organ in found})
     if len(by_case) < 2:
         return math.nan, math.nan, math.nan
