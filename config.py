@@ -92,7 +92,7 @@ class Config:
             value = getattr(self, field.name)
             if value is None:
                 value = field.metadata[kind]
-            if isinstance(field.default, tuple) and not isinstance(value, tuple):
+            if get_args(field.type) and not isinstance(value, tuple | None):
                 value = tuple(value) if isinstance(value, list) else (value,)
             object.__setattr__(self, field.name, value)
         out = Path(self.out or f"runs/{self.scenario}")
@@ -185,8 +185,7 @@ def _default(field: dataclasses.Field) -> str:
 def to_config(parser: argparse.ArgumentParser, args: argparse.Namespace, **fixed: Any) -> Config:
     """The Config of parsed flags and `fixed`; what cannot work ends the program with code 2."""
     names = {field.name for field in dataclasses.fields(Config)}
-    given = {key: value for key, value in (vars(args) | fixed).items() if key in names}
-    settings: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    settings = {key: value for key, value in (vars(args) | fixed).items() if key in names}
     try:
         return Config(**settings)
     except ValueError as error:

@@ -59,9 +59,8 @@ def read_run(folder: Path) -> Run:
     if not saved:
         raise DataError(f"{folder}: nothing to draw, as no run is there; name the --out of one")
     names = {field.name for field in dataclasses.fields(Config)}
-    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k in names}
     try:
-        config = Config(**settings)
+        config = Config(**{key: value for key, value in saved.items() if key in names})
     except ValueError as error:
         what = f"is another version's ({error}), which must draw it"
         raise DataError(f"{folder / 'config.json'}: {what}") from error

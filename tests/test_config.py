@@ -69,7 +69,8 @@ def test_results_and_cache_lie_in_runs_unless_told_otherwise():
 
 
 def test_a_value_stands_for_a_tuple_of_one():
-    config = Config(ct="a", mri=["b", "c"], seeds=7, gin_probability=0.5, arms="fl")
+    config = Config(ct="a", mri=["b", "c"], seeds=7, gin_probability=0.5, arms="fl", ratios=["1:1"])
+    assert config.ratios == ("1:1",)
     assert (config.ct, config.mri, config.seeds) == (("a",), ("b", "c"), (7,))
     assert (config.gin_probability, config.arms) == ((0.5,), ("fl",))
 
