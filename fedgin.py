@@ -29,7 +29,14 @@ from data import Volume
 from evaluate import choose_device, dice, mixed_precision, score_case
 from federated import Client, State, federated_rounds, train_locally, weighted_average
 from gin import GIN
-from hospitals import Hospital, load_hospitals, record, trainable, validation_cases
+from hospitals import (
+    Hospital,
+    find_sources,
+    load_hospitals,
+    record,
+    trainable,
+    validation_cases,
+)
 from loss import segmentation_loss
 from predict import segment
 from progress import Progress, count_steps, name_training
@@ -202,13 +209,8 @@ def keep_round(
     best, val_mean = state["best"], mean(val_dice.values())
     if val_dice and not val_mean <= best["val_dice"]:  # NaN included
         best = {"val_dice": val_mean, "round": round_, "weights": weights}
-    row = {
-        "seed": state["seed"],
-        "arm": state["arm"],
-        "round": round_,
-        "seconds": round(seconds, 2),
-    }
-    row |= {"loss": mean(losses.values())}
+    row = {key: state[key] for key in ("seed", "arm")} | {"round": round_}
+    row |= {"seconds": round(seconds, 2), "loss": mean(losses.values())}
     row |= {f"val_dice_{m}": val_dice.get(m, "") for m in ("mri", "ct")}
     row |= {f"loss {name}": loss for name, loss in losses.items()}
     history = [*state["history"], row]
@@ -237,7 +239,7 @@ def test(
             yield about, prediction, target, spacing, case.labelled
 
     # The model segments a case while the one before it is scored.
-    for about, prediction, target, spacing, labelled in data.prefetch(segmented(), pin=False):
+    for about, prediction, target, spacing, labelled in data.prefetch(segmented()):
         scan = prediction, target, config.organs, spacing, config.nsd_tolerance, labelled
         yield {**about, "scores": score_case(*scan)}
 
@@ -246,29 +248,32 @@ def run(config: Config) -> None:
     """Train and test every arm with every seed, and write the results to config.out."""
     config = dataclasses.replace(config, arms=config.arms or arms.SCENARIOS[config.scenario])
     results.check_out(config)
-    arms.check_arms(config, trainable(config))
+    sources = find_sources(config)
+    arms.check_arms(config, trainable(config, sources))
     device = choose_device()
     print(describe(config, device))
-    by_seed, notes = load_hospitals(config)
+    by_seed, notes = load_hospitals(config, sources=sources)
     first = by_seed[config.seeds[0]]
     arms.check_arms(config, {hospital.modality for hospital in first if hospital.train})
     shares = arms.describe_shares(config, first)
     print(*notes, shares, sep="\n")
     with results.open_run(config, record(by_seed, config.organs)) as folder:
         everything = itertools.product(config.seeds, label_arms(config))
-        todo = [training for training in everything if not folder.is_finished(*training)]
+        todo = [
+            folder.checkpoint(*training) or new_state(*training)
+            for training in everything
+            if not folder.is_finished(*training)
+        ]
         print(f"{len(todo)} trainings of {config.rounds} rounds to do", flush=True)
-        with Progress(
-            sum(count_steps(config, *t, by_seed[t[0]], folder) for t in todo)
-        ) as progress:
-            for seed, label in todo:
-                progress.name = name_training(config, seed, label)
+        steps = sum(count_steps(config, state, by_seed[state["seed"]]) for state in todo)
+        with Progress(steps) as progress:
+            for state in todo:
+                progress.name = name_training(config, state)
+                place = by_seed[state["seed"]], device, folder, progress
                 try:
-                    state = folder.checkpoint(seed, label) or new_state(seed, label)
-                    place = by_seed[seed], device, folder, progress
                     folder.finish(*run_training(config, state, *place))
                 except Exception as error:
-                    error.add_note(f"seed {seed}, arm {label}")
+                    error.add_note(f"seed {state['seed']}, arm {state['arm']}")
                     raise
         report = folder.report(shares)
     print(f"\n{report}\n\nEverything is in {config.out}{os.sep}")

@@ -43,14 +43,15 @@ class Source(NamedTuple):
 
 
 def load_hospitals(
-    config: Config, alone: bool = True
+    config: Config, alone: bool = True, sources: Sequence[Source] | None = None
 ) -> tuple[dict[int, list[Hospital]], list[str]]:
     """All hospitals by seed, MRI first and --test last; and what to tell of cases left out or odd.
 
     Every scan is read here, once. Raises DataError for folders that do not fit together and for
     cases that cannot be used. Unless alone, other hospitals may label the organs that these lack.
+    sources: find_sources's, if they have been found already.
     """
-    sources = find_sources(config)
+    sources = sources or find_sources(config)
     volumes: Mapping[Path, Any] = {}
     notes: list[str] = []
     if not config.on_phantoms:
@@ -108,7 +109,7 @@ def find_sources(config: Config) -> list[Source]:
     return sources
 
 
-def trainable(config: Config) -> set[str]:
+def trainable(config: Config, sources: Iterable[Source]) -> set[str]:
     """The modalities that have training cases, as far as names of files tell.
 
     Raises DataError for a folder that has fewer than --sites asks for.
@@ -116,7 +117,7 @@ def trainable(config: Config) -> set[str]:
     if config.on_phantoms:
         return {"mri", "ct"}
     found = set()
-    for source in (source for source in find_sources(config) if source.modality):
+    for source in (source for source in sources if source.modality):
         for seed in config.seeds:
             train = split_cases(source.cases, seed, bool(config.test))["train"]
             check_sites(source, len(train), config.sites)

@@ -204,7 +204,7 @@ def run(config: Config, name: str, timeout: float) -> None:
                     folder.checkpoint(seed, arm) or fedgin.new_state(seed, arm), model, peers
                 )
                 rest = hospitals, device, folder
-                with Progress(count_steps(config, seed, arm, hospitals, folder)) as progress:
+                with Progress(count_steps(config, state, hospitals)) as progress:
                     progress.name = f"{name}: {arm}"
                     state, scores = fedgin.run_training(
                         config, state, *rest, progress, average=peers.average, add_up=peers.add_up

@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-import results
 from arms import choose_cases, find_arm, label_arms, taking_part
 from config import Config
 from hospitals import Hospital, validation_cases
@@ -70,20 +69,20 @@ class Progress:
         self._bar.close()
 
 
-def name_training(config: Config, seed: int, label: str) -> str:
+def name_training(config: Config, state: dict) -> str:
     """Which of a run's trainings this is."""
     labels, seeds = list(label_arms(config)), config.seeds
-    number = f"arm {labels.index(label) + 1} of {len(labels)} ({label})"
-    return f"{number}, seed {seeds.index(seed) + 1} of {len(seeds)}" if len(seeds) > 1 else number
+    name = f"arm {labels.index(state['arm']) + 1} of {len(labels)} ({state['arm']})"
+    if len(seeds) > 1:
+        name += f", seed {seeds.index(state['seed']) + 1} of {len(seeds)}"
+    return name
 
 
-def count_steps(
-    config: Config, seed: int, label: str, hospitals: Sequence[Hospital], folder: results.Run
-) -> int:
-    """Batches to train on and cases to segment until a training is through with its test."""
-    arm, start = find_arm(config, label), folder.checkpoint(seed, label).get("round", 0)
+def count_steps(config: Config, state: dict, hospitals: Sequence[Hospital]) -> int:
+    """Batches to train on and cases to segment from a training's state to the end of its test."""
+    arm, start = find_arm(config, state["arm"]), state["round"]
     a_round = sum(steps for _, steps in choose_cases(config, arm, hospitals).values())
-    n_val = len(validation_cases(seed, taking_part(arm, hospitals)))
+    n_val = len(validation_cases(state["seed"], taking_part(arm, hospitals)))
     every = config.val_every
     validations = math.ceil(config.rounds / every) - start // every
     n_test = sum(len(hospital.test) for hospital in hospitals)

@@ -9,7 +9,6 @@ from test_fedgin import config, hospitals
 import fedgin
 import progress
 from progress import Progress, count_steps, name_training
-from results import open_run
 
 
 class Terminal(io.StringIO):
@@ -65,9 +64,9 @@ def test_on_a_terminal_there_is_one_bar_that_moves_with_every_step(monkeypatch):
     assert "00:00 left" in shown[-1]
 
 
-def test_steps_are_the_batches_and_cases_that_a_training_asks_for(tmp_path):
+def test_steps_are_the_batches_and_cases_that_a_training_asks_for():
     """Counted by a look at what passes through watch, from the start and from round 1 of 3 on."""
-    settings = config("--rounds", 3, "--val-every", 2, "--out", tmp_path, "--arms", "fl")
+    settings = config("--rounds", 3, "--val-every", 2, "--arms", "fl")
     seen, everyone, label = [], hospitals(1), "fl 1:5"
 
     def watch(items, what):
@@ -75,24 +74,26 @@ def test_steps_are_the_batches_and_cases_that_a_training_asks_for(tmp_path):
             seen.append(what)
             yield item
 
-    with open_run(settings, {}) as folder:
-        expected = count_steps(settings, 1, label, everyone, folder)
-        states = fedgin.train_arm(
-            settings, fedgin.new_state(1, label), everyone, fedgin.CPU, watch=watch
-        )
-        first = next(states)
-        list(states)
-        model = fedgin.make_model(settings, 1)
-        list(fedgin.test(settings, model, everyone, watch=watch))
-        assert len(seen) == expected
-        assert set(seen) == {"round 1 of 3", "round 2 of 3", "round 3 of 3", "testing"}
-        folder._checkpoint = first
-        in_round_1 = seen.count("round 1 of 3")
-        assert count_steps(settings, 1, label, everyone, folder) == expected - in_round_1
+    start = fedgin.new_state(1, label)
+    expected = count_steps(settings, start, everyone)
+    states = fedgin.train_arm(settings, start, everyone, fedgin.CPU, watch=watch)
+    first = next(states)
+    list(states)
+    model = fedgin.make_model(settings, 1)
+    list(fedgin.test(settings, model, everyone, watch=watch))
+    assert len(seen) == expected
+    assert set(seen) == {"round 1 of 3", "round 2 of 3", "round 3 of 3", "testing"}
+    in_round_1 = seen.count("round 1 of 3")
+    assert count_steps(settings, first, everyone) == expected - in_round_1
 
 
 def test_a_training_has_its_number():
     settings = config("--arms", "fl", "fedgin", "--gin-probability", 1, 0.5)
-    assert name_training(settings, 42, "fedgin 1:5 p=0.5") == "arm 3 of 3 (fedgin 1:5 p=0.5)"
+    assert (
+        name_training(settings, fedgin.new_state(42, "fedgin 1:5 p=0.5"))
+        == "arm 3 of 3 (fedgin 1:5 p=0.5)"
+    )
     settings = config("--arms", "fl", "--seeds", 7, 5)
-    assert name_training(settings, 5, "fl 1:5") == "arm 1 of 1 (fl 1:5), seed 2 of 2"
+    assert (
+        name_training(settings, fedgin.new_state(5, "fl 1:5")) == "arm 1 of 1 (fl 1:5), seed 2 of 2"
+    )
