@@ -101,6 +101,13 @@ def test_a_paired_difference_averages_seeds_then_cases_then_organs():
     assert middle == pytest.approx((liver + 0.25) / 2)
 
 
+def test_cases_of_two_hospitals_may_have_one_id():
+    here = on_cases("a", (0.6,)) + on_cases("b", (0.5,))
+    there = on_cases("a", (0.9,)) + on_cases("b", (0.6,))
+    found = here + [{**one, "hospital": "there"} for one in there]
+    assert paired_difference(found, "a", "b", "mri") == pytest.approx((0.1, 0.2, 0.3))
+
+
 def test_the_interval_is_scipys():
     """scipy's percentile bootstrap of one organ, on other draws."""
     rng = np.random.default_rng(1)
