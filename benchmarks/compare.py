@@ -7,6 +7,7 @@ python -m benchmarks.training_step  # from the project's folder, or another one 
 import argparse
 import json
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -80,6 +81,15 @@ def report(what: str, values: dict[str, list[float]], unit: str = "s") -> None:
         ratios = [a / b for a, b in zip(values[ours], values[peer], strict=True)]
         spread = f"{min(ratios):.3f} … {max(ratios):.3f}"
         print(f"    {ours} / {peer}: {statistics.median(ratios):.3f} ({spread})", flush=True)
+
+
+def peak_memory() -> float:
+    """MB that this process has held at its most; from Linux.
+
+    Not ru_maxrss, which starts with the peak of the process that has started this one.
+    """
+    status = Path("/proc/self/status").read_text()
+    return int(re.findall(r"VmHWM:\s*(\d+)", status)[0]) / 2**10
 
 
 def settings(*args: str) -> Config:

@@ -12,10 +12,8 @@ import time
 BEGAN = time.perf_counter()
 
 import json  # noqa: E402
-import re  # noqa: E402
 import sys  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
-from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 import numpy as np  # noqa: E402
@@ -25,6 +23,7 @@ import data  # noqa: E402
 import evaluate  # noqa: E402
 import fedgin  # noqa: E402
 import hospitals  # noqa: E402
+from benchmarks.compare import peak_memory  # noqa: E402
 
 PARTS = {  # of the start
     "listing": (hospitals, "find_sources"),
@@ -83,9 +82,7 @@ def main() -> None:
     replace_network()
     if fedgin.main(flags) not in (0, 130):
         sys.exit(1)
-    # Not ru_maxrss, which starts with the peak of the process that has started this one.
-    status = Path("/proc/self/status").read_text()
-    found["memory"] = int(re.findall(r"VmHWM:\s*(\d+)", status)[0]) / 2**10
+    found["memory"] = peak_memory()
     print(json.dumps(found))
 
 

@@ -4,7 +4,6 @@ python -m benchmarks.memory [--device cuda]
 """
 
 import json
-import resource
 import sys
 import tempfile
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 import data
 import fedgin
 from arms import ARMS
-from benchmarks.compare import device_argument, in_processes, settings
+from benchmarks.compare import device_argument, in_processes, peak_memory, settings
 from cache import CachedVolume, write_entry
 from datasets import Case
 from federated import federated_rounds
@@ -52,7 +51,7 @@ def train(folder: Path, hospitals: int, rounds: int, device: torch.device) -> di
     for _ in federated_rounds(model, clients, rounds, lambda _: config.lr):
         pass
     cuda = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else 0
-    return {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, "device": cuda}
+    return {"host": peak_memory(), "device": cuda}
 
 
 def main() -> None:
