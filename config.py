@@ -59,7 +59,7 @@ class Config:
     spacing: float = flag(SPACING, "voxel size, mm, to which scans are resampled", scans=2.0)
     rounds: int = flag(20, "federated rounds", scans=100)
     local_steps: int = flag(
-        20, "batches that a hospital trains each round, whatever its size", scans=50
+        30, "batches that a hospital trains each round, whatever its size", scans=50
     )
     batch_size: int = flag(2, "patches a batch")
     patch: int = flag(32, "width of a patch, voxels", scans=96)

@@ -18,7 +18,7 @@ from datasets import ORGANS, DataError
 
 SCANS = {"ct": ("ct_set",), "mri": ("mri_set",)}
 GPU_SIZED = {"patch": 96, "width": 32, "depth": 5, "rounds": 100, "local_steps": 50, "lr": 1e-3}
-CPU_SIZED = {"patch": 32, "width": 8, "depth": 4, "rounds": 20, "local_steps": 20, "lr": 4e-3}
+CPU_SIZED = {"patch": 32, "width": 8, "depth": 4, "rounds": 20, "local_steps": 30, "lr": 4e-3}
 
 
 def parse(args):
