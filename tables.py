@@ -113,7 +113,8 @@ def _markdown(rows: list[list[str]]) -> str:
 def comparisons(results: Sequence[dict]) -> str:
     """A table of FedGIN against FL, local training and centralized+gin, the paper's comparisons.
 
-    The difference in Dice on the same test cases, with its 95 % interval. Empty without such arms.
+    The difference in Dice on the same test cases at the same ratio and p, with its 95 % interval.
+    Empty without such arms.
     """
     labels = list(dict.fromkeys(result["arm"] for result in results))
     rows = [["difference in Dice [95 %]", "MRI", "CT"]]
@@ -122,7 +123,7 @@ def comparisons(results: Sequence[dict]) -> str:
         ratio = with_p.partition(" p=")[0]
         peers = {"mri-only", f"ct-only{ratio}", f"fl{ratio}", f"centralized+gin{with_p}"}
         for peer in (label for label in labels if label in peers):
-            row = [f"{fedgin} − {peer}"]
+            row = [f"{fedgin} − {peer.split()[0]}"]
             for modality in ("mri", "ct"):
                 low, middle, high = paired_difference(results, fedgin, peer, modality)
                 mark = "*" if low <= 0 <= high else ""

@@ -54,13 +54,17 @@ def test_the_table_shows_what_was_not_scored():
 
 
 def test_tables_fit_a_terminal_of_100_columns():
-    label = "centralized+gin 1:5 p=0.5"
+    """The widest of arms with a deviation and with intervals that span 0."""
     found = [
-        result(seed, m, label, **dict.fromkeys(ALL_ORGANS, d))
+        result(seed, m, arm, **dict.fromkeys(ALL_ORGANS, d)) | {"case": case}
+        for arm in ("fedgin 1:5 p=0.25", "centralized+gin 1:5 p=0.25")
         for seed, d in ((1, 0.5), (2, 12.5))
         for m in ("mri", "ct")
+        for case in "ab"
     ]
-    assert max(map(len, report(found, ALL_ORGANS).splitlines())) == 99
+    shown = report(found, ALL_ORGANS)
+    assert "fedgin 1:5 p=0.25 − centralized+gin" in shown
+    assert max(map(len, shown.splitlines())) == 100
 
 
 def test_what_was_missed_counts_and_what_is_unlabelled_does_not():
@@ -129,12 +133,12 @@ def test_comparisons_by_hand():
     assert rows[0] == ["difference in Dice [95 %]", "MRI", "CT"]
     assert rows[2:] == [
         ["fedgin 1:5 p=1 − mri-only", "+0.200 [0.200, 0.200]", "–"],
-        ["fedgin 1:5 p=1 − fl 1:5", "-0.200 [-0.200, -0.200]", "–"],
-        ["fedgin 1:5 p=1 − centralized+gin 1:5 p=1", "+0.000 [0.000, 0.000]*", "–"],
-        ["fedgin 1:5 p=1 − ct-only 1:5", "+0.000 [0.000, 0.000]*", "–"],
+        ["fedgin 1:5 p=1 − fl", "-0.200 [-0.200, -0.200]", "–"],
+        ["fedgin 1:5 p=1 − centralized+gin", "+0.000 [0.000, 0.000]*", "–"],
+        ["fedgin 1:5 p=1 − ct-only", "+0.000 [0.000, 0.000]*", "–"],
         ["fedgin 1:5 p=0.5 − mri-only", "+0.500 [0.500, 0.500]", "–"],
-        ["fedgin 1:5 p=0.5 − fl 1:5", "+0.100 [0.100, 0.100]", "–"],
-        ["fedgin 1:5 p=0.5 − ct-only 1:5", "+0.300 [0.300, 0.300]", "–"],
+        ["fedgin 1:5 p=0.5 − fl", "+0.100 [0.100, 0.100]", "–"],
+        ["fedgin 1:5 p=0.5 − ct-only", "+0.300 [0.300, 0.300]", "–"],
     ]
     assert comparisons(on_cases("fl", (0.5, 0.6))) == ""
 
