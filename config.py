@@ -69,9 +69,9 @@ class Config:
         4e-3, "first learning rate; round t of T has (1 − (t − 1) / T)^0.9 of it", scans=1e-3
     )
     gin_probability: tuple[float, ...] = flag(
-        (1.0, 0.5),
+        (1.0, 0.25),
         "share of the images that GIN transforms, in arms that use it, which are trained for each: "
-        "1 is the paper's, 0.5 kinder to CT",
+        "1 is the paper's, 0.25 kinder to CT",
     )
     val_every: int = flag(
         1, "rounds from one validation to the next, on at most 8 cases a hospital", scans=5
