@@ -10,7 +10,7 @@ import csv
 import dataclasses
 import functools
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -206,13 +206,13 @@ def predictions(run: Run):
 
 
 def budget(*runs: Run):
-    """Test Dice against the steps that a hospital trains, mean over the seeds and arms of all runs.
+    """Test Dice against the steps that a hospital trains, mean over the seeds that all runs share.
 
-    A row a scanner.
+    A row a scanner; an arm's line goes over the runs that have it, if they are several.
     """
-    trained = [{(score["seed"], score["arm"]) for score in run.scores} for run in runs]
-    shared = set.intersection(*trained)
-    labels = [arm for _, arm in sorted(shared)]
+    seeds = set.intersection(*({score["seed"] for score in run.scores} for run in runs))
+    had = Counter(label for run in runs for label in dict.fromkeys(x["arm"] for x in run.scores))
+    labels = [label for label, n in had.items() if seeds and n > 1]
     found = {score["scanner"] for run in runs for score in run.scores}
     scanners = [scanner for scanner in ("own", "other") if scanner in found]
     if not labels:
@@ -227,7 +227,9 @@ def budget(*runs: Run):
                 scores = [
                     score
                     for score in run.scores
-                    if score["scanner"] == scanner and (score["seed"], score["arm"]) in shared
+                    if score["scanner"] == scanner
+                    and score["seed"] in seeds
+                    and score["arm"] in labels
                 ]
                 for label, columns in tables.summarize(scores, run.config.organs).items():
                     steps = run.config.rounds * run.config.local_steps
