@@ -157,7 +157,7 @@ def test_help_has_every_flag_with_its_defaults(monkeypatch):
         "(default: liver kidneys spleen pancreas gallbladder)",
         "mean ± deviation (default: 42)",
         f"of {', '.join(arms.ARMS)} (default: the scenario's)",
-        "0.5 kinder to CT (default: 1.0 0.5)",
+        "0.25 kinder to CT (default: 1.0 0.25)",
         "python fedgin.py --scenario limited",
     ):
         assert default in text

@@ -293,12 +293,12 @@ def test_a_run_is_extended_by_seeds_arms_ratios_and_shares(config, tmp_path):
         (
             {"seeds": (1,), "arms": ("fl",)},
             {"seeds": (2,), "arms": ("fl",)},
-            {"seeds": (1,), "arms": ("fedgin",), "gin_probability": (0.5, 1.0)},
+            {"seeds": (1,), "arms": ("fedgin",), "gin_probability": (0.25, 1.0)},
         )
     ):
         splits = {seed: {"train": ["a"]} for seed in changes["seeds"]}
         hospitals = {"mri": {"splits": splits, "files": {f"case{number}": [[1, 2]]}}}
-        arm = ("fl", "fl", "fedgin p=0.5")[number]
+        arm = ("fl", "fl", "fedgin p=0.25")[number]
         with open_run(dataclasses.replace(config, resume=True, **changes), hospitals) as run:
             seed = changes["seeds"][0]
             assert not run.is_finished(seed, arm)
@@ -307,13 +307,13 @@ def test_a_run_is_extended_by_seeds_arms_ratios_and_shares(config, tmp_path):
             report = run.report("")
     saved = json.loads((tmp_path / "out/config.json").read_text())
     assert (saved["seeds"], saved["arms"]) == ([1, 2], ["fl", "fedgin"])
-    assert saved["gin_probability"] == [1.0, 0.5]
+    assert saved["gin_probability"] == [1.0, 0.25]
     mri = json.loads((tmp_path / "out/hospitals/mri.json").read_text())
     assert mri["splits"] == {"1": {"train": ["a"]}, "2": {"train": ["a"]}}
     assert list(mri["files"]) == ["case0", "case1", "case2"]
     assert "seeds 1 2: PHANTOMS" in report
-    assert "| fl           | 0.500 ± 0.000 |" in report
-    assert "| fedgin p=0.5 | 0.500  " in report
+    assert "| fl            | 0.500 ± 0.000 |" in report
+    assert "| fedgin p=0.25 | 0.500  " in report
 
 
 def test_a_training_that_stopped_must_be_named_again(config):
