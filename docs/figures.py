@@ -211,8 +211,9 @@ def budget(*runs: Run):
     A row a scanner; an arm's line goes over the runs that have it, if they are several.
     """
     seeds = set.intersection(*({score["seed"] for score in run.scores} for run in runs))
-    had = Counter(label for run in runs for label in dict.fromkeys(x["arm"] for x in run.scores))
-    labels = [label for label, n in had.items() if seeds and n > 1]
+    shared = [[score for score in run.scores if score["seed"] in seeds] for run in runs]
+    had = Counter(label for scores in shared for label in dict.fromkeys(x["arm"] for x in scores))
+    labels = [label for label, n in had.items() if n > 1]
     found = {score["scanner"] for run in runs for score in run.scores}
     scanners = [scanner for scanner in ("own", "other") if scanner in found]
     if not labels:
@@ -223,15 +224,13 @@ def budget(*runs: Run):
         for axis, modality in zip(row, ("mri", "ct"), strict=True):
             axis.set_title(f"{modality.upper()}, {scanner} scanner")
             points = defaultdict(list)
-            for run in runs:
-                scores = [
+            for run, scores in zip(runs, shared, strict=True):
+                chosen = [
                     score
-                    for score in run.scores
-                    if score["scanner"] == scanner
-                    and score["seed"] in seeds
-                    and score["arm"] in labels
+                    for score in scores
+                    if score["scanner"] == scanner and score["arm"] in labels
                 ]
-                for label, columns in tables.summarize(scores, run.config.organs).items():
+                for label, columns in tables.summarize(chosen, run.config.organs).items():
                     steps = run.config.rounds * run.config.local_steps
                     points[label].append((steps, columns["dice", modality][0]))
             for label, found in points.items():

@@ -280,13 +280,14 @@ def test_budget_shows_dice_against_steps_on_each_scanner(run, tmp_path):
                 scores.append({**score, "scanner": scanner, "scores": organs})
         config = dataclasses.replace(first.config, rounds=rounds, local_steps=5)
         runs.append(first._replace(config=config, scores=scores))
-    alone = {**runs[0].scores[0], "arm": "ct-only", "seed": 9}
-    runs[0].scores.append(alone)  # that the other run has not
+    for one, seed in zip(runs, (8, 9), strict=True):  # seeds that the other run has not
+        one.scores.append({**one.scores[0], "arm": "ct-only", "seed": seed})
     figure = figures.budget(*runs[::-1])
     titles = [axis.get_title() for axis in figure.axes]
     assert titles == [f"{m}, {s} scanner" for s in ("own", "other") for m in ("MRI", "CT")]
     own, other = ({x.get_label(): x for x in figure.axes[i].lines} for i in (0, 2))
     assert "ct-only" not in own
+    assert "ct-only" not in [text.get_text() for text in figure.legends[0].get_texts()]
     line = own["mri-only 1:1"] if "mri-only 1:1" in own else own["mri-only"]
     assert list(line.get_xdata()) == [100, 300]
     low, high = line.get_ydata()
