@@ -29,14 +29,7 @@ from data import Volume
 from evaluate import choose_device, dice, mixed_precision, score_case
 from federated import Client, State, federated_rounds, train_locally, weighted_average
 from gin import GIN
-from hospitals import (
-    Hospital,
-    find_sources,
-    load_hospitals,
-    record,
-    trainable,
-    validation_cases,
-)
+from hospitals import Hospital, find_sources, load_hospitals, record, trainable, validation_cases
 from loss import segmentation_loss
 from predict import segment
 from progress import Progress, count_steps, name_training

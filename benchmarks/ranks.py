@@ -23,7 +23,7 @@ from hospitals import PHANTOM_SPLITS
 from phantom import SPACING, phantom
 
 FEW, MANY = 3, 11  # rounds; the difference leaves out the start, the test and the end
-AS_ON_PHANTOMS = ("--patch", "32", "--width", "8", "--depth", "4", "--local-steps", "20")
+SETTINGS = ("--patch", "32", "--width", "8", "--depth", "4", "--local-steps", "20")
 
 
 def write_folder(root: Path, modality: str) -> None:
@@ -47,7 +47,7 @@ def loopback_bytes() -> int:
 
 def run(ranks: int, rounds: int, folder: Path) -> tuple[float, int]:
     """Seconds and bytes of a run with the settings of phantoms but for the number of rounds."""
-    common = ["--rounds", str(rounds), "--spacing", str(SPACING), *AS_ON_PHANTOMS]
+    common = ["--rounds", str(rounds), "--spacing", str(SPACING), *SETTINGS]
     common += ["--cache", str(folder / "cache")]
     sides = {m: [f"--{m}", str(folder / m)] for m in ("mri", "ct")}
     if ranks == 1:
