@@ -1,7 +1,6 @@
 """Run a model that sees patches over whole volumes, and score label maps.
 
-Sliding window with Gaussian blending; Dice, HD95 and NSD in millimetres, by MONAI's definitions;
-and on which device and in which precision to run it.
+Sliding window with Gaussian blending; Dice, HD95 and NSD in millimetres, by MONAI's definitions.
 
     import torch
     from evaluate import dice, sliding_window
@@ -10,11 +9,10 @@ and on which device and in which precision to run it.
     print(dice(logits.argmax(0) == 1, logits[1] > 0))  # 1.0
 """
 
-import functools
 import itertools
 import math
-import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +39,7 @@ def sliding_window(
     at least `overlap` of their width and are weighted by a Gaussian, σ = patch / 8, as in nnU-Net
     (Isensee et al., Nature Methods 2021), since predictions are worst at a patch's rim. A volume
     smaller than the patch is padded with its minimum. Raises ValueError for an overlap outside
-    [0, 1) or a patch size that does not fit the volume's axes.
+    [0, 1), a patch size that does not fit the volume's axes, or a model that changes its size.
     """
     space = volume.shape[1:]
     patch = (patch_size,) * len(space) if isinstance(patch_size, int) else tuple(patch_size)
@@ -57,8 +55,9 @@ def sliding_window(
         group = windows[first : first + batch_size]
         # Filled up to batch_size: PyTorch's CPU convolutions take a slow path for a batch of one.
         filled = group + group[-1:] * (batch_size - len(group))
-        outputs = model(torch.stack([padded[window] for window in filled])).float()
-        outputs = outputs.to(volume.device)
+        outputs = model(torch.stack([padded[w] for w in filled])).float().to(volume.device)
+        if outputs.ndim != len(patch) + 2 or tuple(outputs.shape[2:]) != patch:
+            raise ValueError(f"the model made {tuple(outputs.shape)} of patches of {patch}")
         if first == 0:
             total = outputs.new_zeros(outputs.shape[1], *padded.shape[1:])
         for window, output in zip(group, outputs, strict=False):
@@ -103,6 +102,19 @@ def dice(prediction: Mask, target: Mask) -> float:
     return 2 * int((prediction & target).sum()) / size if size else math.nan
 
 
+def dice_by_label(prediction: np.ndarray, target: np.ndarray, classes: int) -> np.ndarray:
+    """dice of each organ in two label maps of one shape, from a single look at their voxels.
+
+    Labels are below `classes`, of which the background 0 is left out: (classes − 1,) float64, NaN
+    where target has none, whatever is predicted.
+    """
+    pairs = target.ravel().astype(np.intp) * classes + prediction.ravel()
+    confusion = np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
+    both, size = np.diag(confusion), confusion.sum(axis=0) + confusion.sum(axis=1)
+    known = confusion.sum(axis=1) > 0
+    return np.where(known, 2 * both / size.clip(min=1), math.nan)[1:]
+
+
 def hd95(prediction: Mask, target: Mask, spacing: Sequence[float]) -> float:
     """95th percentile Hausdorff distance in mm of two boolean arrays of one shape.
 
@@ -140,7 +152,10 @@ def hd95_and_nsd(
 
 
 def _masks(prediction: Mask, target: Mask) -> tuple[np.ndarray, np.ndarray]:
-    prediction, target = np.asarray(prediction), np.asarray(target)
+    prediction, target = (
+        mask.detach().cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)
+        for mask in (prediction, target)
+    )
     if prediction.shape != target.shape or prediction.dtype != bool or target.dtype != bool:
         found = " and ".join(f"{mask.dtype} {mask.shape}" for mask in (prediction, target))
         raise ValueError(f"expected two boolean arrays of one shape, not {found}")
@@ -155,11 +170,22 @@ def _surface_distances(
         raise ValueError(f"spacing {tuple(spacing)} must be {prediction.ndim} positive mm")
     # In the box around both, so that work grows with the organ and not with the volume.
     [box] = ndimage.find_objects((prediction | target).astype(np.uint8))
-    surfaces = []
-    for mask in (prediction[box], target[box]):
-        surface = mask & ~ndimage.binary_erosion(mask)  # outside the box counts as outside
-        surfaces.append(np.argwhere(surface) * np.asarray(spacing, dtype=float))
+    surfaces = [
+        np.argwhere(_surface(mask)) * np.asarray(spacing, dtype=float)
+        for mask in (prediction[box], target[box])
+    ]
     return [cKDTree(b).query(a, workers=-1)[0] for a, b in (surfaces, surfaces[::-1])]
+
+
+def _surface(mask: np.ndarray) -> np.ndarray:
+    """The voxels of a mask of which a face neighbour lies outside mask or array."""
+    inner = mask.copy()
+    for axis in range(mask.ndim):
+        here, there = np.moveaxis(inner, axis, 0), np.moveaxis(mask, axis, 0)
+        here[[0, -1]] = False
+        here[1:] &= there[:-1]
+        here[:-1] &= there[1:]
+    return mask & ~inner
 
 
 def score_case(
@@ -178,65 +204,20 @@ def score_case(
     be there.
     """
     scores: dict[str, dict] = {}
-    for label, organ in enumerate(organs, start=1):
-        masks = prediction == label, target == label
+    found = [ndimage.find_objects(labels, len(organs)) for labels in (prediction, target)]
+    for label, (organ, *boxes) in enumerate(zip(organs, *found, strict=True), start=1):
         if labelled is not None and not labelled[label]:
             scores[organ] = {"outcome": "unlabelled"}
-        elif not (masks[0].any() or masks[1].any()):
+        elif boxes == [None, None]:
             scores[organ] = {"outcome": "absent"}
         else:
-            outcome = "scored" if masks[0].any() else "missed"
+            box: Any = ...  # the whole array, whose diagonal counts where one of them is empty
+            if None not in boxes:  # else what holds both, so that work grows with the organ
+                pairs = zip(*boxes, strict=True)
+                box = tuple(slice(min(a.start, b.start), max(a.stop, b.stop)) for a, b in pairs)
+            masks = prediction[box] == label, target[box] == label
+            outcome = "missed" if boxes[0] is None else "scored"
             distance, share = hd95_and_nsd(*masks, spacing, tolerance)
             metrics = {"dice": dice(*masks), "hd95": distance, "nsd": share}
             scores[organ] = {"outcome": outcome, **metrics}
     return scores
-
-
-# -------------------------------------------------------------------------------------- the device
-
-
-def choose_device(index: int = 0) -> torch.device:
-    """The GPU of this number, counted round where there are fewer; without one, the CPU.
-
-    The GPU becomes the current one, and cuDNN tries its algorithms out, as patches have one size.
-    """
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", index % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    torch.backends.cudnn.benchmark = True
-    return device
-
-
-@functools.cache
-def mixed_precision(device: torch.device) -> torch.dtype | None:
-    """bfloat16 where the GPU computes in it, and rightly; None, that is float32, elsewhere.
-
-    What speaks against bfloat16 is printed, once a process.
-    """
-    if device.type != "cuda" or not torch.cuda.is_bf16_supported(including_emulation=False):
-        return None
-    if problem := bfloat16_problem(device):
-        print(f"{problem}: computing in float32, slower", file=sys.stderr)
-        return None
-    return torch.bfloat16
-
-
-def bfloat16_problem(device: torch.device) -> str:
-    """What is wrong with 3D convolutions in bfloat16 on a device; "" if nothing is known to be.
-
-    With cuDNN 9.8 to 9.14 large ones gave wrong numbers (pytorch#163539), for which PyTorch takes
-    a way around cuDNN that is slow and large (pytorch#166122, #166643). Others are tried out.
-    """
-    cudnn = torch.backends.cudnn.version() or 0
-    if 90800 <= cudnn < 91500:
-        version = f"{cudnn // 10000}.{cudnn // 100 % 100}"
-        return f"bfloat16 convolutions are wrong or slow with cuDNN {version}; 9.15 mends them"
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 16, 12, 12, 12, generator=generator).bfloat16()
-    kernel = torch.randn(16, 16, 3, 3, 3, generator=generator).bfloat16()
-    expected = F.conv3d(x.float(), kernel.float(), padding=1)
-    found = F.conv3d(x.to(device), kernel.to(device), padding=1).cpu()
-    error = float((found - expected).abs().max() / expected.abs().max())
-    # Its rounding alone is 2^-9 to 2^-8 of a value.
-    return "" if error < 0.01 else f"a convolution in bfloat16 is off by {error:.1%} on {device}"

@@ -5,16 +5,20 @@ hospitals starts from the global weights w, trains locally and returns its w_k, 
 
     w ← Σ_k (n_k / Σ_j n_j) · w_k,   n_k the number of training cases at hospital k.
 
-Any model and any data will do; this file needs torch alone. With 8 cases at one hospital, 40 at
-another and a model that learns to double a number:
+One process plays all hospitals, in turn. Any model and any data will do; this needs torch alone.
+With 8 cases at one hospital, 40 at another and a model that learns to double a number:
 
-    import torch, federated
+    import torch
+    from federated import Client, federated_rounds
+    north, south = torch.rand(8, 1), torch.rand(40, 1)
     model, loss = torch.nn.Linear(1, 1), torch.nn.MSELoss()
-    x = {"north": torch.rand(8, 1), "south": torch.rand(40, 1)}
-    clients = {k: federated.Client(len(v), lambda _, v=v: [(v, 2 * v)], loss) for k, v in x.items()}
-    print(*federated.federated_rounds(model, clients, rounds=50, lr=lambda _: 0.1))
+    clients = {"north": Client(8, lambda round_: [(north, 2 * north)], loss),
+               "south": Client(40, lambda round_: [(south, 2 * south)], loss)}
+    for round_, losses in federated_rounds(model, clients, rounds=50, lr=lambda round_: 0.1):
+        print(round_, losses)
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -22,45 +26,69 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-State = Mapping[str, Tensor]
+Weights = Mapping[str, Tensor]  # a state dict
 
 
 class Client(NamedTuple):
-    """A hospital as the server sees it: how much its weights count, and what it trains on."""
+    """A hospital in this simulation: how much its weights count, and what it trains on."""
 
-    n_k: float  # training cases
+    n_k: float  # number of training cases
     batches: Callable[[int], Iterable[tuple[Tensor, Any]]]  # round → its (inputs, targets)
     loss_function: Callable[[Tensor, Any], Tensor]  # (float32 logits, targets) → scalar
 
 
-def weighted_average(pairs: Iterable[tuple[State, float]]) -> dict[str, Tensor]:
-    """Average state dicts by their n_k: Σ_k (n_k / Σ_j n_j) · w_k, FedAvg's server step.
+class RunningAverage:
+    """Σ_k (n_k / Σ_j n_j) · w_k over the (w_k, n_k) added so far, without keeping any.
 
-    `pairs` yields (state dict, n_k) and is read once; only a running sum is kept. Sums are float64
-    (complex128 for complex tensors); results have the states' dtypes and devices and share no
-    memory with them. Integer and boolean entries are averaged like all others and then rounded.
-
-    Raises ValueError for no pairs, n_k that are not positive and finite, and keys or shapes that
-    differ from the first state's, FloatingPointError for weights that are NaN or infinite; it
-    counts the states from 0.
+    Sums are float64 (complex128 for complex tensors), on the devices of the first weights.
     """
-    total, sums, dtypes = 0.0, {}, {}
-    for index, (state, n_k) in enumerate(pairs):
+
+    def __init__(self) -> None:
+        self.total = 0.0  # Σ_j n_j
+        self.sums: dict[str, Tensor] = {}  # Σ_k n_k · w_k
+        self.dtypes: dict[str, torch.dtype] = {}
+
+    def add(self, w_k: Weights, n_k: float) -> None:
+        """Add the weights w_k of a hospital, weighted by its n_k.
+
+        Raises ValueError for an n_k that is not positive and finite and for keys or shapes that
+        differ from those before, FloatingPointError for weights that are NaN or infinite.
+        """
         if not (n_k > 0 and math.isfinite(n_k)):
-            raise ValueError(f"state {index}: n_k must be positive and finite, not {n_k}")
-        if index == 0:
-            dtypes = {key: w.dtype for key, w in state.items()}
-            sums = {
-                key: torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float64))
-                for key, w in state.items()
-            }
-        _check_state(state, sums, index)
-        total += n_k
-        for key, w in state.items():
-            sums[key].add_(w.detach().to(sums[key]), alpha=n_k)  # on the first state's device
-    if not sums:
-        raise ValueError("nothing to average: there are no states, or they are empty")
-    return {key: _cast(s.div_(total), dtypes[key]) for key, s in sums.items()}
+            raise ValueError(f"n_k must be positive and finite, not {n_k}")
+        if not self.sums:
+            for key, w in w_k.items():
+                wide = torch.promote_types(w.dtype, torch.float64)
+                self.sums[key], self.dtypes[key] = torch.zeros_like(w, dtype=wide), w.dtype
+        self._check(w_k)
+        self.total += n_k
+        for key, w in w_k.items():
+            self.sums[key].add_(w.detach().to(self.sums[key]), alpha=n_k)
+
+    def result(self) -> dict[str, Tensor]:
+        """The average, in the dtypes of the weights; that of integers and booleans is rounded.
+
+        Raises ValueError if nothing has been added.
+        """
+        if not self.sums:
+            raise ValueError("nothing to average: no weights were added, or they are empty")
+        average = {}
+        for key, weighted_sum in self.sums.items():
+            dtype, mean = self.dtypes[key], weighted_sum / self.total
+            inexact = dtype.is_floating_point or dtype.is_complex
+            average[key] = mean.to(dtype) if inexact else mean.round().to(dtype)
+        return average
+
+    def _check(self, w_k: Weights) -> None:
+        if w_k.keys() != self.sums.keys():
+            odd = ", ".join(sorted(w_k.keys() ^ self.sums.keys()))
+            raise ValueError(f"weights have other keys than those before: {odd}")
+        for key, w in w_k.items():
+            expected = self.sums[key].shape
+            if w.shape != expected:
+                raise ValueError(f"{key} has shape {tuple(w.shape)}, before it {tuple(expected)}")
+            if not torch.isfinite(w).all():
+                raise FloatingPointError(f"{key} has weights that are NaN or infinite")
 
 
 def train_locally(
@@ -104,51 +132,49 @@ def federated_rounds(
     lr: Callable[[int], float],
     start: int = 0,
     train: Callable[..., float] = train_locally,
-    average: Callable[[Iterable[tuple[State, float]]], State] = weighted_average,
 ) -> Iterator[tuple[int, dict[str, float]]]:
-    """Run FedAvg on `model`, yielding (round, loss by hospital) while it holds the new weights.
+    """Run FedAvg; yield (round, {hospital: mean training loss}), `model` then holding the average.
 
     Rounds count from 1, lr(round) is the learning rate, and hospitals train in the order of
-    `clients`, by `train`. A hospital keeps nothing from round to round, so
-    a model that went through `start` rounds before goes on as if it had never stopped. Raises
-    FloatingPointError for a loss or a weight that is not finite. Whatever is raised in a round says
-    in a note which round and hospital it was.
+    `clients`, by `train`. A hospital keeps nothing from round to round, so to
+    resume, give the model as it was after round `start`. Raises FloatingPointError for
+    a loss or a weight that is not finite, ValueError without clients; a note on whatever is raised
+    says in which round and at which hospital.
     """
-
-    def updates(round_: int, losses: dict[str, float]) -> Iterator[tuple[State, float]]:
-        global_weights = {key: w.clone() for key, w in model.state_dict().items()}
-        for hospital, client in clients.items():
-            losses[hospital] = math.nan  # the hospital at work, should it fail
-            model.load_state_dict(global_weights)  # broadcast w
-            batches = client.batches(round_)
-            losses[hospital] = train(model, batches, client.loss_function, lr=lr(round_))
-            if not math.isfinite(losses[hospital]):
-                loss = losses[hospital]
-                raise FloatingPointError(f"the loss is {loss}; a lower learning rate may help")
-            yield {key: w.clone() for key, w in model.state_dict().items()}, client.n_k
-
     for round_ in range(start + 1, rounds + 1):
-        losses: dict[str, float] = {}
-        try:
-            model.load_state_dict(average(updates(round_, losses)))  # w ← Σ_k (n_k / Σ_j n_j) · w_k
-        except Exception as error:
-            error.add_note(f"round {round_}, hospital {next(reversed(losses), 'none')}")
-            raise
+        w = {key: value.clone() for key, value in model.state_dict().items()}
+        average, losses = RunningAverage(), {}
+        for hospital, client in clients.items():
+            with noting(f"round {round_}, hospital {hospital}"):
+                model.load_state_dict(w)  # broadcast w
+                losses[hospital] = train_client(model, client, round_, lr(round_), train)
+                average.add(model.state_dict(), client.n_k)  # w_k, n_k
+        model.load_state_dict(average.result())  # w ← Σ_k (n_k / Σ_j n_j) · w_k
         yield round_, losses
 
 
-def _check_state(state: State, sums: State, index: int) -> None:
-    """Raise unless `state` can be added to `sums`."""
-    if state.keys() != sums.keys():
-        odd = sorted(state.keys() ^ sums.keys())
-        raise ValueError(f"state {index}: keys differ from state 0's: {', '.join(odd)}")
-    for key, w in state.items():
-        if w.shape != sums[key].shape:
-            shapes = f"{tuple(w.shape)}, not {tuple(sums[key].shape)}"
-            raise ValueError(f"state {index}: {key} has shape {shapes} as in state 0")
-        if not torch.isfinite(w).all():
-            raise FloatingPointError(f"state {index}: {key} has weights that are NaN or infinite")
+def train_client(
+    model: nn.Module,
+    client: Client,
+    round_: int,
+    lr: float,
+    train: Callable[..., float] = train_locally,
+) -> float:
+    """One hospital's part of a round, w → w_k (several machines call it too); return the loss.
+
+    Raises FloatingPointError for a loss that is not finite.
+    """
+    loss = train(model, client.batches(round_), client.loss_function, lr=lr)
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the loss is {loss}; a lower learning rate may help")
+    return loss
 
 
-def _cast(mean: Tensor, dtype: torch.dtype) -> Tensor:
-    return mean.to(dtype) if dtype.is_floating_point or dtype.is_complex else mean.round().to(dtype)
+@contextlib.contextmanager
+def noting(place: str) -> Iterator[None]:
+    """Add to whatever is raised inside a note that says where it was."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(place)
+        raise

@@ -1,99 +1,158 @@
-"""FedGIN: train one 3D organ segmentation model at hospitals that hold CT or MRI and share neither.
+"""FedGIN: train one 3D organ segmentation model at hospitals whose CT or MRI scans stay there.
 
-The experiment of arXiv 2508.05137: federated averaging (federated.py) of a U-Net (unet3d.py) that
-trains on images transformed by GIN (gin.py), beside the arms that it is compared with.
+The experiment of arXiv 2508.05137: federated averaging (federated.py) of a U-Net (unet3d.py) on
+images whose look GIN (gin.py) redraws at random, beside the arms that it is compared with.
 
-    python fedgin.py --scenario limited                      # phantoms, a few minutes on a CPU
+    python fedgin.py --scenario limited                      # phantoms, minutes on a CPU
     python fedgin.py --scenario complete --ct DIR --mri DIR  # scans, best on a GPU
 """
 
-import dataclasses
 import functools
-import itertools
 import math
-import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-import arms
 import data
-import results
-from arms import Arm, choose_cases, find_arm, label_arms, taking_part
-from config import Config, describe, how_to_go_on, make_parser, run_command, to_config
-from data import Volume
-from evaluate import choose_device, dice, mixed_precision, score_case
-from federated import Client, State, federated_rounds, train_locally, weighted_average
+from evaluate import dice_by_label, score_case
+from federated import Client, Weights, federated_rounds, noting, train_locally
 from gin import GIN
-from hospitals import Hospital, find_sources, load_hospitals, record, trainable, validation_cases
-from loss import segmentation_loss
-from predict import segment
-from progress import Progress, count_steps, name_training
-from tables import mean
-from unet3d import UNet3D, memory_format
+from scans.cases import PreparedCase
+from scans.files import DataError
+from scans.machine import in_background
+from study import console, hospitals
+from study.config import Best, Checkpoint, Config, Round, Training, make_parser, to_config
+from study.console import Progress
+from study.hospitals import Hospital
+from study.inference import choose_device, copy_to_cpu, mixed_precision, segment
+from study.results import RunFolder, TrainingFolder
+from study.tables import mean
+from unet3d import UNet3D, memory_format, segmentation_loss
 
 CPU = torch.device("cpu")
-Watch = Callable[[Iterable, str], Iterable]
+
+# ------------------------------------------------------------------------------ arms and scenarios
 
 
-def unwatched(items: Iterable, what: str) -> Iterable:
-    """Items as they are; Progress.watch shows on the screen how far one is with them."""
-    return items
+class Arm(NamedTuple):
+    """A way to train; all arms of a seed start from the same weights, and hospitals draw alike."""
+
+    modalities: tuple[str, ...]  # whose hospitals take part
+    pooled: bool = False  # their cases in one place, instead of federated averaging
+    gin: bool = False  # whether GIN transforms a share p of the images
+
+
+ARMS = {
+    "mri-only": Arm(("mri",)),
+    "ct-only": Arm(("ct",)),
+    "fl": Arm(("mri", "ct")),
+    "fedgin": Arm(("mri", "ct"), gin=True),
+    "centralized": Arm(("mri", "ct"), pooled=True),
+    "mri-only+gin": Arm(("mri",), gin=True),
+    "ct-only+gin": Arm(("ct",), gin=True),
+    "centralized+gin": Arm(("mri", "ct"), pooled=True, gin=True),
+}
+SCENARIOS = {  # the arms that run without --arms
+    "limited": ("mri-only", "fl", "fedgin"),
+    "complete": ("mri-only", "ct-only", "fl", "fedgin", "centralized+gin"),
+}
+RATIOS = {"1:1": 1, "1:2": 2, "1:5": 5, "all": math.inf}  # CT training cases for each MRI one
+
+
+def plan(config: Config) -> list[Training]:
+    """The trainings of a run: seeds × arms × ratios (arms with CT) × shares p (arms with GIN).
+
+    Raises DataError for a name that is not in the tables above.
+    """
+    checks = ((config.scenario,), SCENARIOS), (config.arms, ARMS), (config.ratios or (), RATIOS)
+    for names, table in checks:
+        unknown = [name for name in names if name not in table]
+        if unknown:
+            raise DataError(f"{unknown[0]!r} is none of {', '.join(table)}")
+    trainings = []
+    for seed in config.seeds:
+        for name in config.arms or SCENARIOS[config.scenario]:
+            ratios = (config.ratios or ("",)) if "ct" in ARMS[name].modalities else ("",)
+            shares = config.gin_probability if ARMS[name].gin else (None,)
+            trainings += [Training(seed, name, ratio, p) for ratio in ratios for p in shares]
+    return trainings
 
 
 # ------------------------------------------------------------------------------- who trains on what
 
 
-def make_clients(
-    config: Config,
-    seed: int,
-    arm: Arm,
-    hospitals: Sequence[Hospital],
-    device: torch.device,
-    watch: Watch = unwatched,
-) -> dict[str, Client]:
-    """What federated averaging must know of those who train in an arm."""
-    clients = {}
-    for name, (cases, steps) in choose_cases(config, arm, hospitals).items():
-        counts = np.sum([case.counts for case in cases], axis=0)
-        # A class weighs 1 / √(its share of the client's training voxels): with equal weights small
-        # organs now and then vanish from the prediction for good.
-        weight = torch.from_numpy(counts).clamp(min=1).float().rsqrt().to(device)
-        loss = functools.partial(segmentation_loss, weight=weight)
-        drawn = functools.partial(
-            batches, config, seed, name, cases, steps, arm.gin, device, watch=watch
-        )
-        clients[name] = Client(len(cases), drawn, loss)
-    return clients
+def choose_cases(
+    config: Config, training: Training, everyone: Sequence[Hospital]
+) -> dict[str, list[data.Volume]]:
+    """Who trains on which cases: {hospital: volumes}.
 
-
-def batches(
-    config: Config,
-    seed: int,
-    name: str,
-    cases: Sequence[Volume],
-    steps: int,
-    p: float,
-    device: torch.device,
-    round_: int,
-    watch: Watch = unwatched,
-) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor | None]]]:
-    """Yield what a hospital trains on in a round: (images, (labels, labelled)), on the device.
-
-    GIN transforms a share p of the images.
+    In the limited scenario at most mri_cases MRI cases, and that number times the ratio of CT.
     """
-    augment = GIN(p, generator=data.generator(seed, round_, name, "gin"))
-    draws = data.generator(seed, round_, name, "patches")
-    drawn = data.patches(cases, config.patch, config.batch_size, steps, draws)
-    drawn = data.prefetch(drawn, pin=device.type == "cuda")
-    for images, labels, labelled in watch(drawn, f"round {round_} of {config.rounds}"):
-        known = None if labelled.all() else labelled.to(device, non_blocking=True)
-        images, labels = (part.to(device, non_blocking=True) for part in (images, labels))
-        yield augment(images), (labels, known)
+    limit = {"mri": math.inf, "ct": math.inf}
+    if config.scenario == "limited":
+        n_mri = sum(len(hospital.train) for hospital in everyone if hospital.modality == "mri")
+        limit["mri"] = min(config.mri_cases, n_mri or math.inf)
+        limit["ct"] = limit["mri"] * RATIOS.get(training.ratio, math.inf)
+    chosen: dict[str, list[data.Volume]] = {}
+    for modality in ARMS[training.arm].modalities:
+        holders = [hospital for hospital in everyone if hospital.modality == modality]
+        # In turns, so that a small share of the cases still comes from every hospital.
+        turns = sorted((i, k) for k, h in enumerate(holders) for i in range(len(h.train)))
+        for i, k in turns[: int(min(limit[modality], len(turns)))]:
+            chosen.setdefault(holders[k].name, []).append(holders[k].train[i].volume)
+    return chosen
+
+
+def make_clients(
+    config: Config, training: Training, everyone: Sequence[Hospital], device: torch.device = CPU
+) -> dict[str, Client]:
+    """Those who take part in federated averaging, by name.
+
+    A pooled arm has a single client, with everybody's cases and as many batches as all of them.
+    """
+    chosen, steps = choose_cases(config, training, everyone), config.local_steps
+    if ARMS[training.arm].pooled:
+        steps *= len(chosen)
+        chosen = {"pooled": [volume for volumes in chosen.values() for volume in volumes]}
+    return {
+        name: make_client(config, training, name, volumes, steps, device)
+        for name, volumes in chosen.items()
+    }
+
+
+def make_client(
+    config: Config,
+    training: Training,
+    name: str,
+    volumes: Sequence[data.Volume],
+    steps: int,
+    device: torch.device,
+) -> Client:
+    """A client of `steps` batches a round; GIN redraws each image with probability training.p."""
+
+    def batches(round_: int) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor | None]]]:
+        """Yield (images, (labels, organs that each case labels or None for all)) on the device."""
+        draws = data.generator(training.seed, round_, name, "patches")
+        gin_draws = data.generator(training.seed, round_, name, "gin")
+        augment = GIN(training.p or 0.0, generator=gin_draws)
+        drawn = data.patches(volumes, config.patch, config.batch_size, steps, draws)
+        for images, labels, labelled in data.prefetch(drawn, pin=device.type == "cuda"):
+            known = None if labelled.all() else labelled.to(device, non_blocking=True)
+            images = images.to(device, non_blocking=True)
+            labels = labels.to(device, non_blocking=True)
+            yield augment(images), (labels, known)  # what FedGIN adds to FL
+
+    # In the cross-entropy a class weighs 1 / √(its voxels here); only ratios count. With equal
+    # weights small organs now and then vanish from the prediction for good.
+    counts = np.sum([volume.counts for volume in volumes], axis=0)
+    weight = torch.from_numpy(counts).clamp(min=1).float().rsqrt().to(device)
+    loss = functools.partial(segmentation_loss, weight=weight)
+    return Client(n_k=len(volumes), batches=batches, loss_function=loss)
 
 
 # ----------------------------------------------------------------------------------------- a round
@@ -101,217 +160,168 @@ def batches(
 
 def train_arm(
     config: Config,
-    state: dict,
-    hospitals: Sequence[Hospital],
+    training: Training,
+    clients: Mapping[str, Client],
+    held_out: Iterable[PreparedCase],
     device: torch.device = CPU,
-    *,
-    average: Callable = weighted_average,
-    add_up: Callable[[Tensor], Tensor] = lambda sums: sums,
-    watch: Watch = unwatched,
-) -> Iterator[dict]:
-    """Train an arm by FedAvg, yielding its state after each round: see new_state and keep_round.
+    checkpoint: Checkpoint | None = None,
+) -> Iterator[Checkpoint]:
+    """Train an arm by FedAvg, yielding what it has reached after each round.
 
-    Given the state after an earlier round, it goes on from there as if it had never stopped. Where
-    other processes train too, `average` and `add_up` go over all of them. What takes time is drawn
-    through `watch`.
+    From the checkpoint of an earlier round it goes on as if it had never stopped. Raises
+    FloatingPointError for a loss that explodes.
     """
-
-    def lr(round_: int) -> float:
-        return config.lr * (1 - (round_ - 1) / config.rounds) ** 0.9
-
-    arm = find_arm(config, state["arm"])
-    model = make_model(config, state["seed"], device, state["weights"])
-    clients = make_clients(config, state["seed"], arm, hospitals, device, watch)
+    checkpoint = checkpoint or Checkpoint()
+    model = make_model(config, training.seed, device, checkpoint.weights)
     train = functools.partial(train_locally, autocast=mixed_precision(device))
-    held_out = validation_cases(state["seed"], taking_part(arm, hospitals))
-    chance_loss = math.log(len(config.organs) + 1) + 1  # of equal probabilities
+    lr = functools.partial(learning_rate, config)
+    modalities = ARMS[training.arm].modalities
     began = time.monotonic()
-    rounds = config.rounds, lr, state["round"], train, average
-    for round_, losses in federated_rounds(model, clients, *rounds):
-        if max(losses.values()) > 10 * chance_loss:
-            raise FloatingPointError(f"round {round_}: {losses}: exploded; a lower --lr may help")
-        val_dice = {}
-        if round_ % config.val_every == 0 or round_ == config.rounds:
-            seen = watch(held_out, f"round {round_} of {config.rounds}")
-            sums = validate(config, model, seen, arm.modalities)
-            val_dice = mean_dice(add_up(sums), arm.modalities)
-        state = keep_round(state, model, losses, val_dice, time.monotonic() - began)
-        yield state
+    rounds = federated_rounds(model, clients, config.rounds, lr, checkpoint.round, train)
+    for round_, losses in rounds:
+        with noting(f"round {round_}"):
+            check_losses(config, losses)
+        val_dice: dict[str, float] = {}
+        if config.is_validated(round_):
+            sums, counts = validate(config, model, held_out, modalities)
+            val_dice = mean_dice(sums, counts, modalities)
+        done = Round(round_, losses, val_dice, seconds=time.monotonic() - began)
+        checkpoint = keep_round(checkpoint, model, done)
+        yield checkpoint
         began = time.monotonic()
 
 
-def new_state(seed: int, label: str) -> dict:
-    """The state of a training before its first round; label: one of label_arms."""
-    best = {"val_dice": -math.inf, "round": 0, "weights": None}
-    return {"seed": seed, "arm": label, "round": 0, "weights": None, "best": best, "history": []}
-
-
 def make_model(
-    config: Config, seed: int, device: torch.device = CPU, weights: State | None = None
+    config: Config, seed: int, device: torch.device = CPU, weights: Weights | None = None
 ) -> nn.Module:
     """The U-Net with the initial weights that all arms of a seed start from, or those given."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = UNet3D(1, len(config.organs) + 1, config.width, config.depth)
-    model.load_state_dict(weights or model.state_dict())
+    if weights is not None:
+        model.load_state_dict(weights)
     return model.to(device, memory_format=memory_format(device))  # type: ignore[call-overload]
 
 
-# ------------------------------------------------------------- validation and the choice of weights
+def check_losses(config: Config, losses: Mapping[str, float]) -> None:
+    """Raise FloatingPointError for a loss ten times that of a guess: log(classes) + Dice loss 1."""
+    if max(losses.values()) > 10 * (math.log(len(config.organs) + 1) + 1):
+        raise FloatingPointError(f"{losses}: exploded; a lower --lr may help")
+
+
+def learning_rate(config: Config, round_: int) -> float:
+    return config.lr * (1 - (round_ - 1) / config.rounds) ** 0.9
 
 
 def validate(
-    config: Config, model: nn.Module, cases: Iterable[Volume], modalities: Sequence[str]
-) -> Tensor:
-    """(2, modalities, organs): the sum of Dice over the cases with an organ, and their number.
-
-    On the model's grid.
-    """
-    sums = torch.zeros(2, len(modalities), len(config.organs), dtype=torch.float64)
+    config: Config, model: nn.Module, cases: Iterable[PreparedCase], modalities: Sequence[str]
+) -> tuple[Tensor, Tensor]:
+    """Dice summed over the cases that have an organ, and how many: (modalities, organs) each."""
+    sums = torch.zeros(len(modalities), len(config.organs), dtype=torch.float64)
+    counts = torch.zeros_like(sums)
     for case in cases:
-        prediction = segment(model, case.image, config.patch, case.labels.shape)
-        for n in range(1, len(config.organs) + 1):
-            if (target := case.labels == n).any():  # by the target: NaN must not depend on
-                score = dice(prediction == n, target)  # what is predicted
-                row = sums[:, modalities.index(case.modality), n - 1]
-                row += torch.tensor([score, 1], dtype=torch.float64)
-    return sums
+        labels, m = case.volume.labels, modalities.index(case.volume.modality)
+        prediction = segment(model, case.volume.image, config.patch, labels.shape)
+        found = torch.from_numpy(dice_by_label(prediction, labels, len(config.organs) + 1))
+        sums[m] += found.nan_to_num(0.0)
+        counts[m] += ~found.isnan()
+    return sums, counts
 
 
-def mean_dice(sums: Tensor, modalities: Sequence[str]) -> dict[str, float]:
-    """{modality: the mean over organs of each organ's mean over cases}, from validate's sums."""
-    by_organ = sums[0] / sums[1]  # NaN where no case has the organ
+def mean_dice(sums: Tensor, counts: Tensor, modalities: Sequence[str]) -> dict[str, float]:
+    """{modality: mean over organs of each organ's mean over cases}, from what validate gives."""
+    by_organ = sums / counts  # NaN where no case has the organ
     return {m: mean(row.tolist()) for m, row in zip(modalities, by_organ, strict=True)}
 
 
-def keep_round(
-    state: dict,
-    model: nn.Module,
-    losses: Mapping[str, float],
-    val_dice: Mapping[str, float],
-    seconds: float,
-) -> dict:
-    """The state of a training after one more round: its weights, the best ones and its history.
+def keep_round(checkpoint: Checkpoint, model: nn.Module, done: Round) -> Checkpoint:
+    """What a training has reached with one more round: its weights, the best ones, its history.
 
     The best weights have the highest validation Dice, the mean over the modalities that can be
-    scored; where none can, they are the last ones. A round may go without validation: val_dice is
-    empty then.
+    scored; where none can, they are the last ones.
     """
-    round_ = state["round"] + 1
-    weights = {key: w.cpu().clone() for key, w in model.state_dict().items()}
-    best, val_mean = state["best"], mean(val_dice.values())
-    if val_dice and not val_mean <= best["val_dice"]:  # NaN included
-        best = {"val_dice": val_mean, "round": round_, "weights": weights}
-    row = {key: state[key] for key in ("seed", "arm")} | {"round": round_}
-    row |= {"seconds": round(seconds, 2), "loss": mean(losses.values())}
-    row |= {f"val_dice_{m}": val_dice.get(m, "") for m in ("mri", "ct")}
-    row |= {f"loss {name}": loss for name, loss in losses.items()}
-    history = [*state["history"], row]
-    return state | {"round": round_, "weights": weights, "best": best, "history": history}
+    weights = copy_to_cpu(model.state_dict())
+    best, val_mean = checkpoint.best, mean(done.val_dice.values())
+    if done.val_dice and not val_mean <= best.val_dice:  # NaN: the last one
+        best = Best(val_mean, done.round, weights)
+    return Checkpoint(done.round, weights, best, (*checkpoint.history, done))
 
 
 # ----------------------------------------------------------------------------- the test, and a run
 
 
-def test(
-    config: Config,
-    model: nn.Module,
-    hospitals: Sequence[Hospital],
-    start: int = 0,
-    watch: Watch = unwatched,
-) -> Iterator[dict]:
-    """Yield the scores by organ of every test case, from `start` on, on the scan's own grid."""
-    cases = [(hospital, case) for hospital in hospitals for case in hospital.test][start:]
+def run_test(
+    config: Config, model: nn.Module, cases: Iterable[tuple[Hospital, PreparedCase]]
+) -> Iterator[tuple[Hospital, PreparedCase, dict[str, dict]]]:
+    """Yield the scores by organ of each test case, on the scan's own grid, in order."""
 
     def segmented() -> Iterator[tuple]:
-        for hospital, case in watch(cases, "testing"):
-            about = {"hospital": hospital.name, "scanner": "own" if hospital.modality else "other"}
-            about |= {"modality": case.modality, "case": case.id}
-            target, spacing = data.read_target(case, config.spacing)
-            prediction = segment(model, case.image, config.patch, target.shape)
-            yield about, prediction, target, spacing, case.labelled
+        for hospital, case in cases:
+            target, spacing = case.read_target()
+            prediction = segment(model, case.volume.image, config.patch, target.shape)
+            about = config.organs, spacing, config.nsd_tolerance, case.volume.labelled
+            yield (hospital, case), (prediction, target, *about)
 
-    # The model segments a case while the one before it is scored.
-    for about, prediction, target, spacing, labelled in data.prefetch(segmented()):
-        scan = prediction, target, config.organs, spacing, config.nsd_tolerance, labelled
-        yield {**about, "scores": score_case(*scan)}
-
-
-def run(config: Config) -> None:
-    """Train and test every arm with every seed, and write the results to config.out."""
-    config = dataclasses.replace(config, arms=config.arms or arms.SCENARIOS[config.scenario])
-    results.check_out(config)
-    sources = find_sources(config)
-    arms.check_arms(config, trainable(config, sources))
-    device = choose_device()
-    print(describe(config, device))
-    by_seed, notes = load_hospitals(config, sources=sources)
-    first = by_seed[config.seeds[0]]
-    arms.check_arms(config, {hospital.modality for hospital in first if hospital.train})
-    shares = arms.describe_shares(config, first)
-    print(*notes, shares, sep="\n")
-    with results.open_run(config, record(by_seed, config.organs)) as folder:
-        everything = itertools.product(config.seeds, label_arms(config))
-        todo = [
-            folder.checkpoint(*training) or new_state(*training)
-            for training in everything
-            if not folder.is_finished(*training)
-        ]
-        print(f"{len(todo)} trainings of {config.rounds} rounds to do", flush=True)
-        steps = sum(count_steps(config, state, by_seed[state["seed"]]) for state in todo)
-        with Progress(steps) as progress:
-            for state in todo:
-                progress.name = name_training(config, state)
-                place = by_seed[state["seed"]], device, folder, progress
-                try:
-                    folder.finish(*run_training(config, state, *place))
-                except Exception as error:
-                    error.add_note(f"seed {state['seed']}, arm {state['arm']}")
-                    raise
-        report = folder.report(shares)
-    print(f"\n{report}\n\nEverything is in {config.out}{os.sep}")
+    # Scored in the background; segmented on this thread, as cuDNN tunes its algorithms by thread.
+    for (hospital, case), scores in in_background(score_case, segmented()):
+        yield hospital, case, scores
 
 
 def run_training(
-    config: Config,
-    state: dict,
-    hospitals: Sequence[Hospital],
-    device: torch.device,
-    folder: results.Run,
-    progress: Progress,
-    **federation: Callable,
-) -> tuple[dict, list[dict]]:
-    """Train one arm with one seed and test it, from where it stopped; keep what comes of it.
-
-    Returns its last state and the scores. federation: train_arm's average and add_up.
-    """
-    seed, label = state["seed"], state["arm"]
-    trained = train_arm(config, state, hospitals, device, watch=progress.watch, **federation)
-    for state in trained:
-        folder.keep_round(state)
-        progress.show_round(state["history"][-1])
-    if math.isnan(state["best"]["val_dice"]):
-        progress.say(f"{label}: no validation case holds an organ; the last weights are kept")
-    folder.keep_model(state)
-    model = make_model(config, seed, device, state["best"]["weights"])
-    scores = folder.tested(seed, label)
-    for score in test(config, model, hospitals, len(scores), progress.watch):
-        scores.append(score)
-        folder.keep_tested(seed, label, scores)
-    return state, scores
+    folder: TrainingFolder, everyone: Sequence[Hospital], device: torch.device, progress: Progress
+) -> None:
+    """Train and test one arm with one seed, from where it stopped; keep what comes of it."""
+    config, training, checkpoint = folder.config, folder.training, folder.checkpoint()
+    clients = make_clients(config, training, everyone, device)
+    folder.begin({name: client.n_k for name, client in clients.items()}, device)
+    if not folder.is_trained():
+        modalities = ARMS[training.arm].modalities
+        held_out = hospitals.validation_cases(training.seed, everyone, modalities)
+        clients, watched = progress.watch_training(clients, held_out, config.rounds)
+        trained = train_arm(config, training, clients, watched, device, checkpoint)
+        for checkpoint in trained:
+            folder.keep_round(checkpoint)
+            progress.show_round(checkpoint.history[-1])
+        progress.show_choice(checkpoint.best)
+        folder.keep_model(checkpoint)
+    model = make_model(config, training.seed, device, checkpoint.best.weights)
+    cases = [(hospital, case) for hospital in everyone for case in hospital.test]
+    cases_left = progress.watch(cases[folder.n_tested() :], "testing")
+    for hospital, case, scores in run_test(config, model, cases_left):
+        folder.keep_scores(hospital, case, scores)
+    folder.finish(checkpoint)
 
 
-def parse(argv: Sequence[str] | None) -> Config:
-    parser = make_parser(
-        __doc__, {"scenario": arms.SCENARIOS, "arms": arms.ARMS, "ratios": arms.RATIOS}
-    )
-    return to_config(parser, parser.parse_args(argv))
+def run(config: Config) -> int:
+    """Train and test what is planned and not finished yet, in config.out; 1 if something failed."""
+    trainings, failed = plan(config), []
+    run_folder = RunFolder(config, order=list(ARMS))
+    print(run_folder.describe(trainings))
+    todo = run_folder.unfinished(trainings)
+    if todo:
+        device = choose_device()
+        print(console.describe(config, device))
+        needed = {modality for training in todo for modality in ARMS[training.arm].modalities}
+        by_seed, notes = hospitals.load_hospitals(config, needed)
+        run_folder.open(hospitals.record(by_seed))
+        chosen = {t: choose_cases(config, t, by_seed[t.seed]) for t in todo}
+        shares = console.describe_hospitals(by_seed[config.seeds[0]], chosen)
+        print(*notes, shares, sep="\n", flush=True)
+        with Progress(run_folder.count_steps(chosen, by_seed), len(todo)) as progress:
+            for folder in run_folder.take(todo):
+                with progress.attempt(folder.name):
+                    run_training(folder, by_seed[folder.training.seed], device, progress)
+        failed = progress.failed
+    print("", run_folder.report(trainings), *failed, sep="\n")
+    return int(bool(failed))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; see run_command for its exit codes."""
-    config = parse(argv)
-    return run_command("fedgin.py", lambda: run(config), functools.partial(how_to_go_on, config))
+    """Run the command; see console.run_command for its exit codes."""
+    console.use_any_characters()
+    parser = make_parser(__doc__, {"scenario": SCENARIOS, "arms": ARMS, "ratios": RATIOS})
+    config = to_config(parser, parser.parse_args(argv))
+    return console.run_command("fedgin.py", lambda: run(config), hint="; the same command goes on")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,18 @@
-"""UNet3D: the segmentation network that the hospitals train together.
+"""UNet3D: the segmentation network that the hospitals train together, and the loss they train on.
 
 A plain 3D U-Net (Çiçek et al., MICCAI 2016, arXiv 1606.06650) with instance normalization: nothing
 in it depends on other images or on running statistics, so averaging the weights of two models
 averages the whole models. Skips leave the encoder at every resolution, the full one included.
 
+The loss is cross-entropy + soft Dice, also where a hospital never labelled some of the organs.
+
     import torch
-    from unet3d import UNet3D
+    from unet3d import UNet3D, segmentation_loss
     model = UNet3D(in_channels=1, out_channels=6, width=8, depth=4)
-    print(model(torch.randn(2, 1, 32, 48, 40)).shape)  # torch.Size([2, 6, 32, 48, 40])
+    logits = model(torch.randn(2, 1, 32, 48, 40))  # (2, 6, 32, 48, 40)
+    labels = torch.randint(3, (2, 32, 48, 40))  # 0: background
+    labelled = torch.tensor([[True] * 3 + [False] * 3] * 2)  # nobody looked for organs 3 to 5
+    print(segmentation_loss(logits, (labels, labelled), weight=torch.ones(6)))
 """
 
 import torch
@@ -68,6 +73,18 @@ class UNet3D(nn.Module):
             )
 
 
+def _block(in_channels: int, out_channels: int) -> nn.Sequential:
+    """Two 3×3×3 convolutions, each normalized and followed by LeakyReLU."""
+    layers: list[nn.Module] = []
+    for c_in in (in_channels, out_channels):
+        layers += [
+            nn.Conv3d(c_in, out_channels, kernel_size=3, padding=1, bias=False),
+            InstanceNorm(out_channels, out_channels),  # a group for each channel
+            nn.LeakyReLU(0.01, inplace=True),
+        ]
+    return nn.Sequential(*layers)
+
+
 class InstanceNorm(nn.GroupNorm):
     """Instance normalization by what is fast on the device; on all of them with the same weights.
 
@@ -92,13 +109,31 @@ def memory_format(device: torch.device) -> torch.memory_format:
     return torch.contiguous_format if device.type == "cuda" else torch.channels_last_3d
 
 
-def _block(in_channels: int, out_channels: int) -> nn.Sequential:
-    """Two 3×3×3 convolutions, each normalized and followed by LeakyReLU."""
-    layers: list[nn.Module] = []
-    for c_in in (in_channels, out_channels):
-        layers += [
-            nn.Conv3d(c_in, out_channels, kernel_size=3, padding=1, bias=False),
-            InstanceNorm(out_channels, out_channels),  # a group for each channel
-            nn.LeakyReLU(0.01, inplace=True),
-        ]
-    return nn.Sequential(*layers)
+def segmentation_loss(
+    logits: Tensor, targets: tuple[Tensor, Tensor | None], weight: Tensor
+) -> Tensor:
+    """Cross-entropy + soft Dice over the organs: logits (B, classes, D, H, W) → scalar.
+
+    targets: labels (B, D, H, W), integers of any width, and which organs each image's hospital
+    labels, (B, classes), or None where all are. A voxel of an organ that was never labelled is
+    background by its labels; so the probabilities of such organs are added to the background's
+    first (the marginal loss, Shi et al. 2021, arXiv 2007.03868). weight: of each class in the
+    cross-entropy, above 0; raises ValueError for others, on the CPU, as a GPU would be waited for.
+    """
+    if logits.is_cpu and not (weight > 0).all():
+        raise ValueError(f"segmentation_loss needs weights above 0, not {weight.tolist()}")
+    labels, labelled = targets[0].long(), targets[1]  # they travel as bytes
+    log_p = logits.log_softmax(dim=1)  # (B, classes, D, H, W)
+    if labelled is not None:
+        known = labelled[:, :, None, None, None]  # (B, classes, 1, 1, 1)
+        merged = torch.cat([log_p[:, :1], log_p[:, 1:].masked_fill(known[:, 1:], -torch.inf)], 1)
+        log_p = torch.cat([merged.logsumexp(dim=1, keepdim=True), log_p[:, 1:]], dim=1)
+    p = log_p.exp() if labelled is None else log_p.exp() * known
+    classes = torch.arange(logits.shape[1], device=logits.device)
+    target = (labels[..., None] == classes).movedim(-1, 1)  # (B, classes, D, H, W), one hot
+    overlap = (p * target).sum((0, 2, 3, 4))
+    size = p.sum((0, 2, 3, 4)) + target.sum((0, 2, 3, 4))
+    soft_dice = ((2 * overlap + 1) / (size + 1))[1:]
+    counted = torch.ones_like(soft_dice) if labelled is None else labelled.any(dim=0)[1:]
+    mean_dice = (soft_dice * counted).sum() / counted.sum().clamp(min=1)
+    return F.nll_loss(log_p, labels, weight) + 1 - mean_dice

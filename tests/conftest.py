@@ -4,6 +4,7 @@ import functools
 import gzip
 import json
 import os
+import re
 import signal
 
 os.environ["OMP_NUM_THREADS"] = "1"  # two tests at a time, and the commands that they start
@@ -12,13 +13,15 @@ import nibabel
 import numpy as np
 import pytest
 
-import phantom as phantom_module
-from datasets import ORGANS, TOTALSEGMENTATOR_MASKS
+from scans import phantom
+from scans.organs import ORGANS
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & would have it ignored
-SPACING = phantom_module.SPACING
-phantom = phantom_module.phantom = functools.cache(phantom_module.phantom)  # made once, read often
+SPACING = phantom.SPACING
+make_phantom = phantom.make_phantom = functools.cache(phantom.make_phantom)  # made once, read often
 
+TOTALSEGMENTATOR_MASKS = {organ: [organ] for organ in ORGANS}
+TOTALSEGMENTATOR_MASKS["kidneys"] = ["kidney_left", "kidney_right"]
 NNUNET_LABELS = {
     "background": 0,
     "spleen": 1,
@@ -57,7 +60,7 @@ def split_kidneys(labels):
 
 def write_totalsegmentator(root, modality, n, splits=None, seed=1, affine=None, organs=ORGANS):
     for i in range(n):
-        image, labels = phantom(seed, modality, i)
+        image, labels = make_phantom(seed, modality, i)
         folder = root / f"s{i:04d}"
         save(folder / f"{modality}.nii.gz", image.astype(np.float32), affine)
         right, left = split_kidneys(labels)
@@ -88,7 +91,7 @@ def write_nnunet(root, modality, n, seed=1, labels=NNUNET_LABELS):
     channel = {"ct": "CT", "mri": "T2"}[modality]
     names = {"channel_names": {"0": channel}, "labels": labels, "file_ending": ".nii.gz"}
     for i in range(n):
-        image, target = phantom(seed, modality, i)
+        image, target = make_phantom(seed, modality, i)
         save(root / "imagesTr" / f"case_{i:03d}_0000.nii.gz", image)
         save(root / "labelsTr" / f"case_{i:03d}.nii.gz", number_organs(target))
     (root / "dataset.json").write_text(json.dumps({**names, "numTraining": n}))
@@ -98,7 +101,7 @@ def write_nnunet(root, modality, n, seed=1, labels=NNUNET_LABELS):
 def write_amos(root, modality, n, seed=1):
     """The first case in imagesTr, the others in imagesVa; numbers above 500 are MRI."""
     for i in range(n):
-        image, target = phantom(seed, modality, i)
+        image, target = make_phantom(seed, modality, i)
         name, part = f"amos_{i + (1 if modality == 'ct' else 501):04d}.nii.gz", "Va" if i else "Tr"
         save(root / f"images{part}" / name, image)
         save(root / f"labels{part}" / name, number_organs(target))
@@ -204,7 +207,7 @@ UNREADABLE = {
 # How a case can be spoilt by files that can be read.
 UNFIT = {
     "affine": (shift, "lies at another place than its scan ct.nii.gz"),
-    "shape": (lambda p: save(p, np.eye(4, dtype=np.int8)[:, :, None] - 1), "(4, 4, 1)"),
+    "shape": (lambda p: edit(p, np.asarray(nibabel.load(p).dataobj)[2:]), "(30, 32, 32)"),
 }
 OF_SCANS = UNFIT | {
     "no HU": (set_voxel(-9758.0), "no Hounsfield units"),
@@ -236,5 +239,15 @@ def mri_folder(tmp_path_factory):
     return write_nnunet(tmp_path_factory.mktemp("nnunet") / "Dataset001_MRI", "mri", 4)
 
 
+def pytest_configure(config):
+    """Let nothing but `pytest -m cuda` see a GPU: other tests demand equal bits, as of a CPU.
+
+    PyTorch has not looked for GPUs by now.
+    """
+    if not re.search(r"(?<!not )\bcuda\b", config.option.markexpr):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=20, help="of a run, at random moments (20)")
+    parser.addoption("--kills", type=int, default=5, help="sequences in test_killed.py (5)")
+    parser.addoption("--first-kill", type=int, default=0, help="the seed of the first of them (0)")

@@ -1,28 +1,38 @@
-"""Settings: defaults for phantoms and for scans, what is refused, the help, and exit codes."""
+"""Settings: defaults for phantoms and for scans, what is refused, the help, and trainings."""
 
-import os
-import signal
+import dataclasses
+import itertools
+import math
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import pytest
-import torch
 
-import arms
 import fedgin
-from config import Config, describe, how_to_go_on, make_parser, run_command, to_config
-from datasets import ORGANS, DataError
+from scans.files import DataError
+from scans.organs import ORGANS
+from study.config import (
+    LIMITS,
+    Best,
+    Checkpoint,
+    Config,
+    Training,
+    make_parser,
+    to_config,
+)
 
 SCANS = {"ct": ("ct_set",), "mri": ("mri_set",)}
 GPU_SIZED = {"patch": 96, "width": 32, "depth": 5, "rounds": 100, "local_steps": 50, "lr": 1e-3}
 CPU_SIZED = {"patch": 32, "width": 8, "depth": 4, "rounds": 20, "local_steps": 30, "lr": 4e-3}
 
 
+CHOICES = {"scenario": fedgin.SCENARIOS, "arms": fedgin.ARMS, "ratios": fedgin.RATIOS}
+
+
 def parse(args):
-    return fedgin.parse(args.split())
+    parser = make_parser(fedgin.__doc__, CHOICES)
+    return to_config(parser, parser.parse_args(args.split()))
 
 
 # ----------------------------------------------------------------------------------------- defaults
@@ -43,7 +53,7 @@ def test_phantoms_and_scans_have_defaults_of_their_own(folders, defaults):
     assert config.on_phantoms == (not folders)
     assert (config.seeds, config.organs, config.batch_size) == ((42,), ORGANS, 2)
     flags = [word for name, value in folders.items() for word in (f"--{name}", *value)]
-    parsed = fedgin.parse(flags)
+    parsed = parse(" ".join(flags))
     assert {name: getattr(parsed, name) for name in defaults} == defaults
 
 
@@ -84,13 +94,22 @@ def test_a_value_stands_for_a_tuple_of_one():
         ("--scenario limitless", "argument --scenario: invalid choice: 'limitless'"),
         ("--arms fedgan", "argument --arms: invalid choice: 'fedgan'"),
         ("--ratios 1:3", "argument --ratios: invalid choice: '1:3'"),
-        ("--organs brain", "argument --organs: invalid choice: 'brain'"),
+        ("--organs brain", "--organs brain: phantoms have liver, kidneys, spleen, pancreas, gall"),
+        ("--organs liver Liver", "--organs names something twice: liver liver"),
+        ("--ct-window 5", "argument --ct-window: expected 2 arguments"),
+        (
+            "--ct-window 240 -160",
+            "--ct-window must be two numbers of HU, LOW below HIGH, not 240.0",
+        ),
+        ("--ct-window 5 5", "--ct-window must be two numbers of HU, LOW below HIGH, not 5.0 5.0"),
+        ("--ct-window nan 5", "--ct-window must be two numbers of HU, LOW below HIGH, not nan 5.0"),
+        ("--ct-window 0 inf", "--ct-window must be two numbers of HU, LOW below HIGH, not 0.0 inf"),
         ("--layout bids", "argument --layout: invalid choice: 'bids'"),
         ("--arms", "argument --arms: expected at least one argument"),
         ("--rounds many", "argument --rounds: invalid int value: 'many'"),
         ("--lr fast", "argument --lr: invalid float value: 'fast'"),
         ("--round 3", "unrecognized arguments: --round"),
-        ("--resume yes", "unrecognized arguments: yes"),
+        ("--resume", "unrecognized arguments: --resume"),
         ("--rounds 0", "--rounds must be a positive number, not 0"),
         ("--batch-size -1", "--batch-size must be a positive number, not -1"),
         ("--lr nan", "--lr must be a positive number, not nan"),
@@ -107,6 +126,15 @@ def test_a_value_stands_for_a_tuple_of_one():
         ("--test somewhere", "--test needs folders to train on"),
         ("--spacing 2", "--spacing is for scans; phantoms have voxels of 9 mm"),
         ("--out README.md", "--out README.md is a file"),
+        ("--seeds -1", "--seeds -1: must lie in 0 … 2^63 - 1"),
+        ("--seeds 9223372036854775808", "--seeds 9223372036854775808: must lie in 0 … 2^63 - 1"),
+        ("--rounds 1000001", "--rounds can be at most 1000000"),
+        ("--patch 8192", "--patch can be at most 4096"),
+        ("--width 5000", "--width can be at most 4096"),
+        ("--depth 13", "--depth can be at most 12"),
+        ("--sites 10001", "--sites can be at most 10000"),
+        ("--scenario complete --ratios 1:1", "--ratios and --mri-cases are for --scenario limited"),
+        ("--scenario complete --mri-cases 2", "--ratios and --mri-cases are for --scenario limite"),
     ],
 )
 def test_bad_flags_take_one_line_and_exit_code_2(args, message, tmp_path, capsys):
@@ -128,11 +156,109 @@ def test_bad_flags_take_one_line_and_exit_code_2(args, message, tmp_path, capsys
         ({"test": ("a",)}, "--test needs folders to train on"),
         ({"spacing": 2.0}, "--spacing is for scans"),
         ({**SCANS, "patch": 40}, "--patch 40 does not fit --depth 5"),
+        *(
+            ({name: value}, f"--{name.replace('_', '-')} must be a whole number, not ")
+            for name in ("rounds", "seeds", "batch_size", "mri_cases", "sites", "patch")
+            for value in (2.5, True, "3", math.nan, (1, 2.0), [None])
+        ),
+        *(
+            ({name: value}, f"--{name.replace('_', '-')} must be a number, not ")
+            for name in ("lr", "spacing", "gin_probability", "ct_window")
+            for value in (True, "0.5", 10**400, [None])
+        ),
+        *(({name: 1}, f"--{name} must be text") for name in ("scenario", "arms", "ct", "out")),
+        ({"skip_bad": "no"}, "--skip-bad must be True or False"),
+        ({"no_cache": 1}, "--no-cache must be True or False"),
+        *(
+            ({name: ()}, f"--{name.replace('_', '-')} names nothing; give one at least")
+            for name in ("seeds", "organs", "gin_probability", "ratios", "ct_window")
+        ),
+        *(({name: math.nan}, f"--{name} must be a positive number") for name in ("lr", "spacing")),
+        ({"gin_probability": (0.5, math.nan)}, "--gin-probability must lie between 0 and 1"),
+        ({"seeds": (-1,)}, "--seeds -1: must lie in 0"),
+        ({"ct_window": (-160.0,)}, "--ct-window must be two numbers of HU"),
+        ({"ct_window": (-160, 0, 240)}, "--ct-window must be two numbers of HU"),
+        ({"ct_window": (240, -160)}, "--ct-window must be two numbers of HU, LOW below HIGH"),
+        ({"ct_window": (-math.inf, 240)}, "--ct-window must be two numbers of HU"),
+        ({"ct_window": (math.nan, 240)}, "--ct-window must be two numbers of HU"),
+        ({**SCANS, "organs": ("liver", "")}, "--organs '': is no structure's name"),
+        ({**SCANS, "organs": ("--",)}, "--organs '--': is no structure's name"),
+        ({**SCANS, "organs": ("Background",)}, "--organs 'Background': is no structure's name"),
+        ({**SCANS, "organs": ("a\nb",)}, "is no structure's name"),
+        ({**SCANS, "organs": ("aorta", "Aorta")}, "--organs names something twice: aorta Aorta"),
+        ({**SCANS, "organs": [f"a{i}" for i in range(256)]}, "--organs can be at most 255"),
+        ({"organs": "aorta"}, "--organs aorta: phantoms have liver, kidneys"),
+        ({"ct": ("",)}, "--ct has an empty name"),
+        ({**SCANS, "layout": "bids"}, "--layout bids: is none of totalsegmentator, amos, nnunet"),
+        ({"rounds": "many"}, "--rounds must be a whole number, not 'many'"),
+        ({"rounds": 2.0}, "--rounds must be a whole number, not 2.0"),
+        ({"rounds": True}, "--rounds must be a whole number, not True"),
+        ({"rounds": (1, 2)}, r"--rounds must be a whole number, not \(1, 2\)"),
+        ({"seeds": ("1",)}, r"--seeds must be a whole number, not \('1',\)"),
+        ({"lr": "0.1"}, "--lr must be a number, not '0.1'"),
+        ({"skip_bad": "yes"}, "--skip-bad must be True or False, not 'yes'"),
+        ({"out": Path("x")}, "--out must be text, not "),
+        ({"scenario": "complete", "ratios": ("1:1",)}, "--ratios and --mri-cases are for"),
     ],
 )
 def test_python_gets_a_value_error(settings, message):
     with pytest.raises(ValueError, match=message):
         Config(**settings)
+
+
+def test_an_int_is_a_float_too():
+    config = Config(lr=1, gin_probability=1, nsd_tolerance=3)
+    assert (config.lr, config.gin_probability, config.nsd_tolerance) == (1.0, (1.0,), 3.0)
+    kinds = {type(value) for value in (config.lr, *config.gin_probability, config.nsd_tolerance)}
+    assert kinds == {float}
+
+
+def test_what_is_as_large_as_it_can_be_is_taken():
+    settings = {name: limit for name, limit in LIMITS.items() if name not in ("depth", "patch")}
+    config = Config(**settings, depth=12, patch=4096, seeds=(0, 2**63 - 1))
+    assert config.seeds == (0, 2**63 - 1)
+    assert all(getattr(config, name) == limit for name, limit in LIMITS.items())
+
+
+def test_ratios_are_of_the_limited_scenario():
+    assert (Config().ratios, Config().mri_cases) == (("1:5",), 2)
+    config = Config(scenario="complete")
+    assert (config.ratios, config.mri_cases) == (None, None)
+
+
+def test_a_config_is_made_again_from_its_own_values():
+    """As dataclasses.replace does."""
+    for config in (Config(), Config(scenario="complete"), Config(**SCANS, mri_cases=3)):
+        assert dataclasses.replace(config) == config
+        assert Config(**dataclasses.asdict(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"ratios": ("1:3",)}, "'1:3' is none of 1:1, 1:2, 1:5, all"),
+        ({"arms": ("fedgan",)}, "'fedgan' is none of mri-only, ct-only, fl, fedgin"),
+        ({"scenario": "limitless"}, "'limitless' is none of limited, complete"),
+    ],
+)
+def test_names_of_the_experiment_are_refused_where_it_is_planned(settings, message):
+    with pytest.raises(DataError, match=message):
+        fedgin.plan(Config(**settings))
+
+
+def test_organs_of_the_paper_are_known_in_any_spelling():
+    organs = Config(organs=("Liver", "kidney", "gall bladder")).organs
+    assert organs == ("liver", "kidneys", "gallbladder")
+    assert Config(**SCANS, organs=("vertebrae_L1", "Left Kidney")).organs == (
+        "vertebrae_L1",
+        "Left Kidney",
+    )
+
+
+def test_the_window_of_ct_may_be_another():
+    assert Config().ct_window == (-160.0, 240.0)
+    assert parse("--ct-window -200 1000").ct_window == (-200.0, 1000.0)
+    assert Config(ct_window=[-200, 300]).ct_window == (-200.0, 300.0)
 
 
 def test_gin_may_have_any_probability():
@@ -146,8 +272,7 @@ def test_gin_may_have_any_probability():
 
 def test_help_has_every_flag_with_its_defaults(monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
-    choices = {"scenario": arms.SCENARIOS, "arms": arms.ARMS, "ratios": arms.RATIOS}
-    text = " ".join(make_parser(fedgin.__doc__, choices).format_help().split())
+    text = " ".join(make_parser(fedgin.__doc__, CHOICES).format_help().split())
     for field in Config.__dataclass_fields__.values():
         assert f" --{field.name.replace('_', '-')} " in text
         assert field.metadata["text"].split("%")[0] in text
@@ -156,7 +281,8 @@ def test_help_has_every_flag_with_its_defaults(monkeypatch):
         "to which scans are resampled (default: 9.0, on scans 2.0)",
         "(default: liver kidneys spleen pancreas gallbladder)",
         "mean ± deviation (default: 42)",
-        f"of {', '.join(arms.ARMS)} (default: the scenario's)",
+        "--ct-window LOW HIGH to which CT is clipped, HU (default: -160.0 240.0)",
+        f"of {', '.join(fedgin.ARMS)} (default: the scenario's)",
         "0.25 kinder to CT (default: 1.0 0.25)",
         "python fedgin.py --scenario limited",
     ):
@@ -178,119 +304,50 @@ def test_a_parser_may_leave_flags_out(capsys):
     assert "--seeds names something twice: 5 5" in capsys.readouterr().err
 
 
-def test_a_run_is_described_by_its_data_and_its_settings():
-    device = torch.device("cpu")
-    lines = describe(Config(seeds=(1, 2)), device).splitlines()
-    assert "PHANTOMS" in lines[0]
-    assert "say nothing about patients" in lines[0]
-    assert ["seeds", "1", "2"] in [line.split() for line in lines]
-    assert ["rounds", "20"] in [line.split() for line in lines]
-    assert lines[-1].split() == ["device", "cpu,", "torch", torch.__version__]
-    lines = describe(Config(**SCANS), device).splitlines()
-    assert lines[0] == "FedGIN on scans"
-    assert ["ct", "ct_set"] in [line.split() for line in lines]
-
-
-# --------------------------------------------------------------------------------------- exit codes
-
-
-@pytest.fixture(autouse=True)
-def handlers():
-    """run_command changes what SIGTERM does."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-def raising(error, *notes):
-    def work():
-        for note in notes:
-            error.add_note(note)
-        raise error
-
-    return work
-
-
-def test_work_that_is_done_gives_its_own_code():
-    assert run_command("x.py", lambda: None) == 0
-    assert run_command("x.py", lambda: 3) == 3
-
-
-def test_bad_input_takes_one_line_and_exit_code_2(capsys):
-    assert run_command("x.py", raising(DataError("a/b.nii.gz: missing"))) == 2
-    assert capsys.readouterr().err == "x.py: a/b.nii.gz: missing\n"
-
-
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (DataError("case s1: cannot be read"), "case s1: cannot be read"),
-        (FloatingPointError("the loss is nan"), "the loss is nan"),
-        (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
-        (ConnectionError("rank 1 is gone"), "rank 1 is gone"),
-        (MemoryError("no memory"), "no memory"),
-        (torch.cuda.OutOfMemoryError("CUDA out of memory"), "CUDA out of memory"),
-        (RuntimeError("[enforce fail] can't allocate memory"), "[enforce fail] can't allocate"),
-    ],
-)
-def test_a_run_that_failed_says_where_and_takes_exit_code_1(error, message, capsys):
-    notes = "round 3, hospital mri", "seed 1, arm fl"
-    assert run_command("x.py", raising(error, *notes), lambda: "\nand so on") == 1
-    said, hint = capsys.readouterr().err.splitlines()
-    assert said.startswith(f"x.py: the run failed: {notes[1]}: {notes[0]}: {message}")
-    assert hint == "and so on"
-
-
-@pytest.mark.parametrize(
-    "bug",
-    [AttributeError("no such layer"), RuntimeError("mat1 and mat2"), ValueError("x"), KeyError()],
-)
-def test_a_bug_keeps_its_traceback(bug, capsys):
-    with pytest.raises(type(bug)) as caught:
-        run_command("x.py", raising(bug, "round 1, hospital mri"))
-    assert caught.value is bug
-    assert caught.value.__notes__ == ["round 1, hospital mri"]
-    assert capsys.readouterr().err == ""
-
-
-def wait_to_be_stopped():
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        time.sleep(0.01)
-    pytest.fail("nobody stopped it")
-
-
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_a_run_that_is_stopped_says_how_to_go_on(stop, capsys):
-    timer = threading.Timer(0.2, os.kill, (os.getpid(), stop))
-    timer.start()
-    assert run_command("x.py", wait_to_be_stopped, lambda: "; and so on") == 130
-    timer.join()
-    assert capsys.readouterr().err.strip() == "x.py: stopped; and so on"
-
-
-def test_only_a_run_that_can_be_resumed_says_so(tmp_path):
-    config = Config(out=str(tmp_path / "out"))
-    assert how_to_go_on(config) == ""
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/config.json").write_text("{}")
-    assert "the same command with --resume goes on" in how_to_go_on(config)
-
-
-def test_a_thread_may_run_a_command(capsys):
-    codes = []
-    thread = threading.Thread(
-        target=lambda: codes.append(run_command("x.py", raising(DataError("bad"))))
-    )
-    thread.start()
-    thread.join()
-    assert codes == [2]
-
-
 def test_the_help_is_all_that_help_does(tmp_path):
     args = [sys.executable, str(Path(fedgin.__file__)), "--help"]
     done = subprocess.run(args, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("usage: fedgin.py [options]\n\nFedGIN: ")
     assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------- trainings
+
+
+@pytest.mark.parametrize(
+    ("training", "label", "folder"),
+    [
+        (Training(42, "fedgin", "1:5", 1.0), "fedgin 1:5 p=1", "fedgin-1-5-p1-seed42"),
+        (Training(0, "fl"), "fl", "fl-seed0"),
+        (Training(7, "fl", "all"), "fl all", "fl-all-seed7"),
+        (Training(7, "mri-only+gin", p=0.25), "mri-only+gin p=0.25", "mri-only+gin-p0.25-seed7"),
+        (Training(7, "fedgin", p=0.0), "fedgin p=0", "fedgin-p0-seed7"),
+        (Training(7, "fedgin", p=1e-10), "fedgin p=1e-10", "fedgin-p1e-10-seed7"),
+    ],
+)
+def test_a_training_knows_its_label_and_its_folders_name(training, label, folder):
+    assert (training.label, training.folder) == (label, folder)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        training.seed = 3
+
+
+def test_no_two_trainings_share_a_label_or_a_folder():
+    shares = (None, 0.0, 0.1, 0.1 + 1e-16, 0.3, 0.1 + 0.2, 0.25, 1.0, 1 - 2**-53)
+    every = {
+        Training(seed, arm, ratio, p)
+        for seed, arm, ratio, p in itertools.product(
+            (0, 1, 10, 11), fedgin.ARMS, ("", *fedgin.RATIOS), shares
+        )
+    }
+    folders = {training.folder for training in every}
+    assert len(folders) == len(every)
+    assert not any(set(name) & set('<>:"/\\|?*') for name in folders)  # for any file system
+    assert len({(training.seed, training.label) for training in every}) == len(every)
+
+
+def test_before_the_first_round_nothing_is_reached():
+    start = Checkpoint()
+    assert (start.round, start.weights, start.history) == (0, None, ())
+    assert start.best == Best()
+    assert not Best().val_dice >= -1e300

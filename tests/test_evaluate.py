@@ -9,19 +9,8 @@ from monai.inferers import sliding_window_inference
 from monai.metrics import compute_dice, compute_hausdorff_distance, compute_surface_dice
 from scipy import ndimage
 from torch import nn
-from torch.nn import functional as F
 
-import evaluate
-from evaluate import (
-    bfloat16_problem,
-    choose_device,
-    dice,
-    hd95,
-    mixed_precision,
-    nsd,
-    score_case,
-    sliding_window,
-)
+from evaluate import dice, dice_by_label, hd95, hd95_and_nsd, nsd, score_case, sliding_window
 
 
 def count_dice(prediction, target):
@@ -53,6 +42,19 @@ def test_dice_refuses_other_input():
             hd95(*masks, [1])
     with pytest.raises(ValueError, match=r"one shape, not bool \(3,\) and bool \(1,\)"):
         dice(np.ones(3, bool), np.ones(1, bool))
+
+
+def test_dice_by_label_is_dice_organ_by_organ():
+    rng, classes = np.random.default_rng(0), 20  # more pairs of labels than a byte holds
+    for dtype in (np.uint8, np.int64):
+        target, prediction = (rng.integers(classes, size=(9, 8, 7)).astype(dtype) for _ in range(2))
+        target[target == 3] = prediction[prediction == 5] = prediction[prediction == 6] = 0
+        target[target == 6] = 0
+        found = dice_by_label(prediction, target, classes)
+        pairs = ((prediction == label, target == label) for label in range(1, classes))
+        expected = [dice(*masks) if masks[1].any() else math.nan for masks in pairs]
+        np.testing.assert_array_equal(found, expected)  # to the bit
+        assert np.flatnonzero(np.isnan(found)).tolist() == [2, 5]
 
 
 @pytest.mark.parametrize("size", [(5, 6, 7), (8, 8, 8), (9, 16, 21), (8, 3, 30)])
@@ -249,6 +251,34 @@ def test_distances_of_empty_masks():
         nsd(full, full, (1, 0), 2)
 
 
+def test_a_case_is_scored_as_its_organs_are_by_themselves(monkeypatch):
+    """To the bit; organs at the rim, in several parts, and missing on either side or both."""
+    rng, spacing, shape = np.random.default_rng(7), (0.8, 0.7, 2.5), (30, 26, 22)
+    maps = [np.zeros(shape, np.uint8) for _ in range(2)]
+    for label in (1, 2, 3, 5):
+        for labels in maps:
+            labels[:24, 3:][blob(rng, (24, 23, 22), 0.9)] = label
+    maps[0][maps[0] == 2] = maps[1][maps[1] == 5] = 0
+    looks, find_objects = [], ndimage.find_objects
+    whole = {}
+    for label in range(1, 6):
+        masks = [labels == label for labels in maps]
+        if any(mask.any() for mask in masks):
+            whole["abcde"[label - 1]] = (dice(*masks), *hd95_and_nsd(*masks, spacing, 2.0))
+
+    def counting(labels, *args):
+        looks.append(labels.size)
+        return find_objects(labels, *args)
+
+    monkeypatch.setattr(ndimage, "find_objects", counting)
+    scores = score_case(*maps, "abcde", spacing)
+    assert looks.count(maps[0].size) == 2  # one look at each label map, not one an organ
+    assert scores.pop("d") == {"outcome": "absent"}
+    assert {organ: s["outcome"] for organ, s in scores.items() if organ == "b"} == {"b": "missed"}
+    found = {organ: (s["dice"], s["hd95"], s["nsd"]) for organ, s in scores.items()}
+    assert found == whole
+
+
 def test_scores_of_a_case_by_hand():
     target = np.array([[0, 1, 1, 2, 0, 0]])
     prediction = np.array([[0, 1, 0, 0, 3, 0]])
@@ -273,74 +303,16 @@ def test_scores_of_a_case_by_hand():
     assert score_case(prediction, target, organs, (1.0, 2.5), 2.5)["liver"]["nsd"] == 1
 
 
-@pytest.mark.parametrize(
-    ("device", "native", "emulated", "dtype"),
-    [
-        ("cuda", True, True, torch.bfloat16),
-        ("cuda", False, True, None),
-        ("cuda", False, False, None),
-        ("cpu", True, True, None),
-    ],
-)
-def test_mixed_precision_is_for_gpus_that_compute_in_it(
-    device, native, emulated, dtype, monkeypatch
-):
-    def supported(including_emulation=True):
-        return emulated if including_emulation else native
-
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
-    monkeypatch.setattr(evaluate, "bfloat16_problem", lambda device: "")
-    assert mixed_precision.__wrapped__(torch.device(device)) is dtype
-
-
-def test_a_gpu_that_computes_wrong_in_bfloat16_is_left_to_float32_and_it_is_said(
-    monkeypatch, capsys
-):
-    asked = []
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
-    monkeypatch.setattr(evaluate, "bfloat16_problem", lambda d: asked.append(d) or "it is wrong")
-    mixed_precision.cache_clear()
-    for _ in range(2):
-        assert mixed_precision(torch.device("cuda")) is None
-    mixed_precision.cache_clear()
-    assert asked == [torch.device("cuda")]
-    assert capsys.readouterr().err == "it is wrong: computing in float32, slower\n"
+def test_masks_may_be_parts_of_a_graph_and_lie_anywhere():
+    scores = torch.tensor([0.2, 0.8, 0.9], requires_grad=True)
+    with pytest.raises(ValueError, match="two boolean arrays"):
+        dice(scores, scores)  # and no RuntimeError of NumPy's
+    assert dice(scores > 0.5, np.array([False, True, False])) == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize(
-    ("version", "refused"),
-    [(None, ""), (90701, ""), (90800, "9.8"), (91002, "9.10"), (91400, "9.14"), (91500, "")],
+    "resized", [lambda x: x[..., :1], lambda x: x[..., 0], lambda x: x[:, :, 1:]]
 )
-def test_versions_known_to_be_wrong_in_bfloat16_are_refused(version, refused, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
-    problem = bfloat16_problem(torch.device("cpu"))
-    assert problem == "" or f"cuDNN {refused};" in problem
-    assert bool(problem) == bool(refused)
-
-
-def test_a_wrong_convolution_in_bfloat16_is_noticed(monkeypatch):
-    """As in pytorch#163539: a part of the output is not what it should be."""
-    conv3d = F.conv3d
-
-    def wrong(x, *args, **kwargs):
-        found = conv3d(x, *args, **kwargs)
-        if x.dtype == torch.bfloat16:
-            found[0, 3, 2, 5, 5] = 0
-            found[1, :, 2:] *= 1.05
-        return found
-
-    monkeypatch.setattr(F, "conv3d", wrong)
-    assert "a convolution in bfloat16 is off by" in bfloat16_problem(torch.device("cpu"))
-
-
-def test_the_device_is_a_gpu_where_there_is_one(monkeypatch):
-    chosen = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert choose_device(3) == torch.device("cpu")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
-    assert [choose_device(), choose_device(3)] == [torch.device("cuda", n) for n in (0, 1)]
-    assert chosen == [torch.device("cuda", n) for n in (0, 1)]
-    assert torch.backends.cudnn.benchmark
+def test_a_model_that_changes_the_size_is_refused(resized):
+    with pytest.raises(ValueError, match="the model made .* of patches of"):
+        sliding_window(resized, torch.randn(1, 8, 8, 8), 4)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import weakref
 
 import pytest
 import torch
@@ -10,7 +11,22 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from federated import Client, federated_rounds, train_locally, weighted_average
+from federated import (
+    Client,
+    RunningAverage,
+    federated_rounds,
+    noting,
+    train_client,
+    train_locally,
+)
+
+
+def weighted_average(pairs):
+    """The average of (weights, n_k)."""
+    average = RunningAverage()
+    for w_k, n_k in pairs:
+        average.add(w_k, n_k)
+    return average.result()
 
 
 def test_unequal_n_k_by_hand():
@@ -57,19 +73,39 @@ def test_accumulates_in_float64():
     assert many.item() == torch.tensor(0.1).item()
 
 
-def test_reads_once_keeps_one_state_and_leaves_it_untouched():
-    state = {"w": torch.zeros(3)}
-
-    def clients():
-        for value in (1.0, 2.0, 6.0):
-            state["w"].fill_(value)  # the same tensor each time
-            yield state, 1
-
-    mean = weighted_average(clients())
+def test_keeps_no_state_and_leaves_it_untouched():
+    state, average = {"w": torch.zeros(3)}, RunningAverage()
+    for value in (1.0, 2.0, 6.0):
+        state["w"].fill_(value)  # the same tensor each time
+        average.add(state, 1)
+        assert state["w"].tolist() == [value] * 3
+    mean = average.result()
     assert mean["w"].tolist() == [3.0] * 3
     assert state["w"].tolist() == [6.0] * 3
     mean["w"].fill_(0)
     assert state["w"].tolist() == [6.0] * 3
+    assert average.result()["w"].tolist() == [3.0] * 3
+
+
+def test_more_can_be_added_after_a_result():
+    average = RunningAverage()
+    found = []
+    for value, n_k in ((1.0, 1), (5.0, 3), (9.0, 4)):
+        average.add({"w": torch.tensor(value), "n": torch.tensor(int(value))}, n_k)
+        found.append([w.item() for w in average.result().values()])
+    assert found == [[1.0, 1], [4.0, 4], [6.5, 6]]  # 6.5 is rounded to even
+
+
+def test_memory_does_not_grow_with_the_states():
+    """Of a state nothing is kept, and there are as many sums after the third as after one."""
+    average, states = RunningAverage(), []
+    for _ in range(3):
+        state = {"w": torch.ones(4)}
+        average.add(state, 1)
+        states.append(weakref.ref(state["w"]))
+        del state
+        assert [(w.shape, w.dtype) for w in average.sums.values()] == [((4,), torch.float64)]
+    assert [state() for state in states] == [None] * 3
 
 
 def test_parameters_may_be_averaged_as_they_are():
@@ -79,23 +115,36 @@ def test_parameters_may_be_averaged_as_they_are():
 
 @pytest.mark.parametrize("n_k", [0, -1, math.nan, math.inf])
 def test_bad_n_k_is_refused(n_k):
-    with pytest.raises(ValueError, match="state 1: n_k"):
-        weighted_average([({"w": torch.ones(1)}, 1), ({"w": torch.ones(1)}, n_k)])
+    average = RunningAverage()
+    average.add({"w": torch.ones(1)}, 1)
+    with pytest.raises(ValueError, match=f"^n_k must be positive and finite, not {n_k}$"):
+        average.add({"w": torch.full((1,), 5.0)}, n_k)
+    assert average.result()["w"].item() == 1  # as if nothing had been added
+    with pytest.raises(ValueError, match="n_k must be positive"):
+        RunningAverage().add({"w": torch.ones(1)}, n_k)
 
 
 @pytest.mark.parametrize(
     ("second", "error", "message"),
     [
-        ({}, ValueError, "state 1: keys differ from state 0's: w$"),
-        ({k: torch.ones(2) for k in "wedcba"}, ValueError, "1: keys differ .*: a, b, c, d, e$"),
-        ({"w": torch.ones(3)}, ValueError, r"state 1: w has shape \(3,\), not \(2,\)"),
-        ({"w": torch.tensor([1.0, math.nan])}, FloatingPointError, "state 1: w .* NaN or infinite"),
-        ({"w": torch.tensor([1.0, -math.inf])}, FloatingPointError, "1: w .* NaN or infinite"),
+        ({}, ValueError, "^weights have other keys than those before: w$"),
+        ({k: torch.ones(2) for k in "wcba"}, ValueError, "keys than those before: a, b, c$"),
+        ({"w": torch.ones(3)}, ValueError, r"^w has shape \(3,\), before it \(2,\)$"),
+        ({"w": torch.tensor([1.0, math.nan])}, FloatingPointError, "^w has weights that are NaN"),
+        ({"w": torch.tensor([1.0, -math.inf])}, FloatingPointError, "^w has .* NaN or infinite$"),
     ],
 )
 def test_states_that_do_not_fit_are_refused(second, error, message):
+    average = RunningAverage()
+    average.add({"w": torch.ones(2)}, 1)
     with pytest.raises(error, match=message):
-        weighted_average([({"w": torch.ones(2)}, 1), (second, 1)])
+        average.add(second, 1)
+    assert average.result()["w"].tolist() == [1, 1]  # as if nothing had been added
+
+
+def test_the_first_state_must_be_finite_too():
+    with pytest.raises(FloatingPointError, match="^w has weights that are NaN"):
+        RunningAverage().add({"w": torch.tensor([math.nan])}, 1)
 
 
 @pytest.mark.parametrize("pairs", [[], [({}, 1)]])
@@ -303,47 +352,61 @@ def add(model, batches, loss_function, lr):
     return 0.5
 
 
-def test_an_average_may_keep_all_states():
-    """The median of hospitals that add 1, 4 and 100: not the last one's three times."""
+def test_weights_are_counted_n_k_times_and_clients_may_spoil_their_model():
+    """What a hospital does to the model after it was added, and before, reaches nobody else."""
+    model, begun = scalar(), []
 
-    def median(pairs):
-        kept = [state for state, _ in list(pairs)]
-        found.append([state["weight"].item() for state in kept])
-        return {k: torch.stack([s[k] for s in kept]).median(dim=0).values for k in kept[0]}
+    def train(model, batches, loss_function, lr):
+        begun.append(model.weight.item())
+        with torch.no_grad():
+            model.weight.fill_(batches[0])
+        return 0.5
 
-    model, found = scalar(), []
-    clients = {f"adds {n}": client(1, n) for n in (1.0, 4.0, 100.0)}
-    for _ in federated_rounds(model, clients, 2, rates, train=add, average=median):
+    clients = {"a": client(2, 1.0), "b": client(5, 8.0)}
+    for _ in federated_rounds(model, clients, 2, rates, train=train):
         pass
-    assert found == [[2.0, 5.0, 101.0], [6.0, 9.0, 105.0]]
-    assert model.weight.item() == 9.0
+    assert begun == [1.0, 1.0, 6.0, 6.0]
+    assert model.weight.item() == 6.0  # (2 · 1 + 5 · 8) / 7
 
 
-def test_an_average_gets_n_k_and_may_spoil_its_states():
-    def spoil(pairs):
-        kept = list(pairs)
-        assert [n_k for _, n_k in kept] == [2, 5]
-        for state, _ in kept[1:]:
-            state["weight"].fill_(-1)
-        return kept[0][0]
+def test_training_a_client_is_training_on_its_batches_of_the_round():
+    model, seen = scalar(), []
 
-    model = scalar()
-    clients = {"a": client(2, 1.0), "b": client(5, 4.0)}
-    for _ in federated_rounds(model, clients, 1, rates, train=add, average=spoil):
-        pass
-    assert model.weight.item() == 2.0
+    def train(model, batches, loss_function, *, lr):
+        seen.append((model, batches, loss_function, lr))
+        return 0.25
+
+    assert train_client(model, client(3, "a"), 7, 0.125, train) == 0.25
+    assert seen == [(model, ("a", 7), F.mse_loss, 0.125)]
+    for loss in (math.nan, math.inf, -math.inf):
+        with pytest.raises(FloatingPointError, match=f"^the loss is {loss}; a lower learning rate"):
+            train_client(model, client(3, "a"), 7, 0.125, constant(loss))
+    by_default, by_hand = small_model(), small_model()
+    of_round = Client(1, lambda round_: some_batches(2, round_), F.mse_loss)
+    loss = train_client(by_default, of_round, 5, 0.01)
+    assert loss == train_locally(by_hand, some_batches(2, 5), F.mse_loss, lr=0.01)
+    assert all(map(torch.equal, by_default.parameters(), by_hand.parameters()))
+
+
+def test_a_place_is_noted_on_whatever_is_raised():
+    with pytest.raises(KeyError) as caught, noting("round 1"), noting("hospital a"):
+        raise KeyError("w")
+    assert caught.value.__notes__ == ["hospital a", "round 1"]
+    with pytest.raises(KeyboardInterrupt) as stopped, noting("round 1"):
+        raise KeyboardInterrupt
+    assert not hasattr(stopped.value, "__notes__")
 
 
 def constant(loss):
     return lambda model, batches, loss_function, lr: loss
 
 
-def failure(clients, train, error, match, **more):
+def failure(clients, train, error, match):
     """The notes of what the rounds raise."""
     with pytest.raises(error, match=match) as caught:
-        list(federated_rounds(scalar(), clients, 3, rates, train=train, **more))
+        list(federated_rounds(scalar(), clients, 3, rates, train=train))
     assert type(caught.value) is error
-    return caught.value.__notes__
+    return getattr(caught.value, "__notes__", [])
 
 
 def test_a_failure_keeps_its_type_and_notes_round_and_hospital():
@@ -366,19 +429,22 @@ def test_a_failure_keeps_its_type_and_notes_round_and_hospital():
     for loss in (math.nan, math.inf):
         notes = failure(compass, constant(loss), FloatingPointError, f"the loss is {loss}")
         assert notes == ["round 1, hospital north"]
-    notes = failure({"north": client(0, "north")}, constant(0.1), ValueError, "state 0: n_k")
+    notes = failure(
+        {"north": client(0, "north")}, constant(0.1), ValueError, "^n_k must be positive"
+    )
     assert notes == ["round 1, hospital north"]
     notes = failure({}, constant(0.1), ValueError, "nothing to average")
-    assert notes == ["round 1, hospital none"]
+    assert notes == []  # there is none who could be named
 
 
-def test_a_failure_of_the_average_names_the_hospital_before_it():
-    def refuse(pairs):
-        list(pairs)
-        raise KeyError("weight")
+def test_weights_that_cannot_be_added_name_their_hospital(monkeypatch):
+    def refuse(self, w_k, n_k):
+        if n_k == 2:
+            raise KeyError("weight")
 
-    compass = {name: client(1, name) for name in ("north", "south")}
-    notes = failure(compass, constant(0.1), KeyError, "weight", average=refuse)
+    monkeypatch.setattr(RunningAverage, "add", refuse)
+    compass = {"north": client(1, "north"), "south": client(2, "south")}
+    notes = failure(compass, constant(0.1), KeyError, "weight")
     assert notes == ["round 1, hospital south"]
 
 

@@ -9,6 +9,8 @@ import re
 import resource
 import runpy
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,26 +19,31 @@ import pytest
 import tiny
 import torch
 from conftest import truncate, write_nnunet, write_totalsegmentator
-from tiny import assert_same, outcome
+from tiny import Forks, assert_equal, assert_same, outcome
 from torch import nn
 
 import data
 import fedgin
-import predict
-import resources
-import results
-from arms import ARMS, label_arms
-from config import Config
+import study.hospitals
 from evaluate import dice, score_case
+from fedgin import ARMS, RATIOS, SCENARIOS, choose_cases, make_clients, plan
 from gin import GIN, gin
-from hospitals import Hospital, load_hospitals, validation_cases
-from phantom import SPACING, phantom
+from scans import files, machine
+from scans.cases import PreparedCase
+from scans.files import DataError
+from scans.machine import in_background
+from scans.phantom import SPACING, make_phantom
+from study.config import Best, Checkpoint, Config, Round, Training, make_parser, to_config
+from study.hospitals import Hospital, load_hospitals, validation_cases
+from study.inference import load_model, segment
 from unet3d import UNet3D
 
 TINY = ["--rounds", "2", "--local-steps", "2", "--batch-size", "2"]
 TINY += ["--gin-probability", "1"]
 TINY += ["--patch", "32", "--width", "2", "--depth", "2"]
 CPU = torch.device("cpu")
+FL = Training(1, "fl", "1:5")
+FEDGIN = Training(1, "fedgin", "1:5", 1.0)
 
 
 def command(*args):
@@ -44,7 +51,8 @@ def command(*args):
 
 
 def config(*args):
-    return fedgin.parse([*TINY, *map(str, args)])
+    parser = make_parser(None, {"scenario": SCENARIOS, "arms": ARMS, "ratios": RATIOS})
+    return to_config(parser, parser.parse_args([*TINY, *map(str, args)]))
 
 
 def hospitals(seed, *args):
@@ -53,18 +61,21 @@ def hospitals(seed, *args):
     return [hospital for hospital in by_seed[seed] if hospital.modality]
 
 
-def arm(label, *args):
-    return label_arms(config("--ratios", "1:1", "1:2", "1:5", "all", *args))[label]
+def volumes(cases):
+    return [case.volume for case in cases]
+
+
+def labels_of_plan(*args):
+    return [training.label for training in plan(config(*args))]
 
 
 def weights(path):
     return torch.load(path, weights_only=True)["weights"]
 
 
-def assert_equal(a, b):
-    assert a.keys() == b.keys()
-    for key in a:
-        assert torch.equal(a[key], b[key]), key
+def rows_of(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def differ(a, b):
@@ -75,97 +86,95 @@ def differ(a, b):
 def phantom_run(tmp_path_factory):
     """Arms of each kind on phantoms, two ratios, two seeds."""
     out = tmp_path_factory.mktemp("run") / "results"
-    args = [
-        "--arms",
-        "mri-only",
-        "fedgin",
-        "--ratios",
-        "1:1",
-        "all",
-        "--seeds",
-        "1",
-        "2",
-        "--out",
-        out,
-    ]
-    assert command(*args) == 0
+    args = ["--arms", "mri-only", "fedgin", "--ratios", "1:1", "all", "--seeds", 1, 2]
+    assert command(*args, "--out", out) == 0
     return out
 
 
 @pytest.mark.slow
 def test_a_run_leaves_what_it_promises(phantom_run):
-    names = sorted(path.name for path in phantom_run.iterdir())
-    arms = {"mri-only", "fedgin 1:1 p=1", "fedgin all p=1"}
-    models = {
-        f"{name}-seed{n}.pt"
-        for name in ("mri-only", "fedgin-1-1-p1", "fedgin-all-p1")
-        for n in (1, 2)
-    }
-    left = {"config.json", "history.csv", "hospitals", "lock", "results.json", "results.md"}
-    assert set(names) == models | left | {"scores.csv"}
+    arms = {"mri-only", "fedgin-1-1-p1", "fedgin-all-p1"}
+    trainings = {f"{arm}-seed{n}" for arm in arms for n in (1, 2)}
+    left = {"config.json", "history.csv", "hospitals", "lock", "results.md", "scores.csv"}
+    assert {path.name for path in phantom_run.iterdir()} == trainings | left
+    of_training = {"history.csv", "lock", "model.pt", "scores.csv", "training.json"}
+    for training in trainings:
+        assert {path.name for path in (phantom_run / training).iterdir()} == of_training
     saved = json.loads((phantom_run / "config.json").read_text())
-    assert saved["seeds"] == [1, 2]
-    ct = json.loads((phantom_run / "hospitals/ct.json").read_text())
-    assert len(ct["splits"]["1"]["train"]) == 12
-    done = json.loads((phantom_run / "results.json").read_text())
-    assert {r["arm"] for r in done["results"]} == arms
-    # arms, seeds, modalities, test cases of hospitals and of another scanner
-    assert len(done["results"]) == 3 * 2 * 2 * (8 + 8)
-    assert sorted(done["finished"]) == sorted([seed, arm] for seed in (1, 2) for arm in arms)
+    assert saved["rounds"] == 2
+    assert not saved.keys() & {"arms", "ratios", "seeds", "gin_probability", "out"}
+    for seed in (1, 2):
+        ct = json.loads((phantom_run / f"hospitals/ct-seed{seed}.json").read_text())
+        assert len(ct["cases"]["train"]) == 12
+    about = json.loads((phantom_run / "fedgin-1-1-p1-seed2/training.json").read_text())
+    assert about["training"] == {"seed": 2, "arm": "fedgin", "ratio": "1:1", "p": 1.0}
+    assert about["cases"] == {"mri": 2, "ct": 2}
+    scores = rows_of(phantom_run / "scores.csv")
+    # arms, seeds, modalities, test cases of hospitals and of another scanner, organs
+    assert len(scores) == 3 * 2 * 2 * (8 + 8) * 5
+    found = {(row["arm"], row["ratio"], row["p"]) for row in scores}
+    assert found == {("mri-only", "", ""), ("fedgin", "1:1", "1.0"), ("fedgin", "all", "1.0")}
+    assert {row["scanner"] for row in scores if row["hospital"] == "other-scanner"} == {"other"}
+    history = rows_of(phantom_run / "history.csv")
+    for name, rows in (("scores.csv", scores), ("history.csv", history)):
+        own = [row for t in trainings for row in rows_of(phantom_run / t / name)]
+        whole = [{k: v for k, v in row.items() if v} for row in rows]
+        assert sorted(map(str, whole)) == sorted(
+            str({k: v for k, v in row.items() if v}) for row in own
+        )
     report = (phantom_run / "results.md").read_text()
     assert "PHANTOMS" in report.splitlines()[0]
+    assert "NOT FINISHED" not in report
     assert "| fedgin 1:1 p=1 " in report
     assert "### Scanners of others: other-scanner" in report
-    with (phantom_run / "history.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 3 * 2 * 2  # arms, seeds, rounds
-    assert {row["round"] for row in rows} == {"1", "2"}
-    assert all(np.isfinite(float(row["loss"])) for row in rows)
-    assert all((row["val_dice_ct"] == "") == row["arm"].startswith("mri") for row in rows)
-    assert all((row["loss ct"] == "") == row["arm"].startswith("mri") for row in rows)
-    for row, kept in zip(rows, done["history"], strict=True):
-        assert {key: value for key, value in row.items() if value} == {
-            key: str(value) for key, value in kept.items() if value != ""
-        }
-        hospitals = [kept[key] for key in ("loss mri", "loss ct") if key in kept]
-        assert kept["loss"] == pytest.approx(np.mean(hospitals))
-        assert 0 < kept["seconds"] < 100
+    assert len(history) == 3 * 2 * 2  # arms, seeds, rounds
+    assert {row["round"] for row in history} == {"1", "2"}
+    for row in history:
+        alone = row["arm"] == "mri-only"
+        assert (row["val_dice_ct"] == "") == (row["loss ct"] == "") == alone
+        losses = [float(row[key]) for key in ("loss mri", "loss ct") if row[key]]
+        assert float(row["loss"]) == pytest.approx(np.mean(losses))
+        assert 0 < float(row["seconds"]) < 1000
 
 
 @pytest.mark.slow
 def test_a_model_gives_the_results_back(phantom_run):
-    model, about = predict.load_model(phantom_run / "fedgin-1-1-p1-seed2.pt", CPU)
-    case = hospitals(2)[0].test[0]
-    labels = predict.segment(model, case.image, about["patch"], case.labels.shape)
-    [saved] = [
-        r["scores"]
-        for r in json.loads((phantom_run / "results.json").read_text())["results"]
-        if (r["arm"], r["seed"], r["hospital"], r["case"]) == ("fedgin 1:1 p=1", 2, "mri", case.id)
-    ]
-    spacing = (SPACING,) * 3
-    assert score_case(labels, case.labels, about["organs"], spacing, tolerance=SPACING) == saved
+    model, about = load_model(phantom_run / "fedgin-1-1-p1-seed2/model.pt", CPU)
+    case = hospitals(2)[0].test[0].volume
+    labels = segment(model, case.image, about["patch"], case.labels.shape)
+    saved = {
+        row["organ"]: row
+        for row in rows_of(phantom_run / "scores.csv")
+        if (row["arm"], row["ratio"], row["seed"]) == ("fedgin", "1:1", "2")
+        and (row["hospital"], row["case"]) == ("mri", case.id)
+    }
+    expected = score_case(labels, case.labels, about["organs"], (SPACING,) * 3, tolerance=SPACING)
+    assert saved.keys() == expected.keys()
+    for organ, score in expected.items():
+        found = saved[organ]
+        assert found["outcome"] == score["outcome"]
+        for metric in ("dice", "hd95", "nsd"):
+            assert found[metric] == str(score.get(metric, ""))
 
 
 @pytest.mark.slow
 def test_a_model_is_that_of_the_round_with_the_best_validation(phantom_run):
     """Its validation Dice, computed anew, is the highest in the history of its training."""
-    saved = torch.load(phantom_run / "mri-only-seed1.pt", weights_only=True)
-    history = json.loads((phantom_run / "results.json").read_text())["history"]
+    path = phantom_run / "mri-only-seed1/model.pt"
+    best = torch.load(path, weights_only=True)["best"]
     dices = {
-        row["round"]: row["val_dice_mri"]
-        for row in history
-        if (row["seed"], row["arm"]) == (1, "mri-only")
+        int(row["round"]): float(row["val_dice_mri"])
+        for row in rows_of(phantom_run / "mri-only-seed1/history.csv")
     }
-    assert saved["val_dice"] == max(dices.values()) == dices[saved["round"]]
-    model, about = predict.load_model(phantom_run / "mri-only-seed1.pt", CPU)
+    assert best["val_dice"] == max(dices.values()) == dices[best["round"]]
+    model, about = load_model(path, CPU)
     by_organ = {organ: [] for organ in range(1, 6)}
-    for case in hospitals(1)[0].val:
-        labels = predict.segment(model, case.image, about["patch"], case.labels.shape)
+    for case in volumes(hospitals(1)[0].val):
+        labels = segment(model, case.image, about["patch"], case.labels.shape)
         for organ, found in by_organ.items():
             found.append(dice(labels == organ, case.labels == organ))
-    assert np.mean([np.mean(found) for found in by_organ.values()]) == pytest.approx(
-        saved["val_dice"], abs=1e-9
-    )
+    mean = np.mean([np.mean(found) for found in by_organ.values()])
+    assert mean == pytest.approx(best["val_dice"], abs=1e-9)
 
 
 @pytest.mark.slow
@@ -182,20 +191,23 @@ def test_the_same_command_twice_is_bit_identical(tmp_path):
     for name in ("a", "b"):
         assert command("--out", tmp_path / name, "--rounds", 1, "--arms", "fl", "fedgin") == 0
     assert_same(*(outcome(tmp_path / name) for name in "ab"))
-    fl, fedgin = (weights(tmp_path / "a" / f"{n}-seed42.pt") for n in ("fl-1-5", "fedgin-1-5-p1"))
-    assert differ(fl, fedgin)
+    folders = "fl-1-5-seed42", "fedgin-1-5-p1-seed42"
+    assert differ(*(weights(tmp_path / "a" / name / "model.pt") for name in folders))
+
+
+# ------------------------------------------------------------------------ runs that stop and go on
 
 
 @pytest.fixture
 def quick(monkeypatch):
     """Training that moves the head by the learning rate, and a threshold instead of the network."""
-
-    training = SimpleNamespace(rates=[], fails_at=0)
+    training = SimpleNamespace(rates=[], fails_at=0, error=OSError("the disk is gone"))
 
     def train(model, batches, loss_function, lr, autocast):
+        next(iter(batches))  # so that the screen knows the round
         training.rates.append(lr)
         if len(training.rates) == training.fails_at:
-            raise OSError("the disk is gone")
+            raise training.error
         with torch.no_grad():
             model.head.bias += lr
         return lr
@@ -205,48 +217,122 @@ def quick(monkeypatch):
     return training
 
 
-def test_a_run_goes_on_where_it_stopped_and_is_never_begun_anew(
-    tmp_path, quick, monkeypatch, capsys
-):
+@pytest.fixture
+def few(monkeypatch):
+    """Phantoms of which a hospital validates and tests on one."""
+    splits = {"train": range(12), "val": range(12, 13), "test": range(16, 17)}
+    monkeypatch.setattr(study.hospitals, "PHANTOM_SPLITS", splits)
+
+
+def refuse_to_read(monkeypatch):
+    monkeypatch.setattr(
+        study.hospitals, "load_hospitals", lambda *_, **__: pytest.fail("scans are read")
+    )
+
+
+def test_a_run_goes_on_where_it_stopped_and_is_never_begun_anew(tmp_path, quick, capsys):
     args = ["--arms", "fl", "mri-only", "--rounds", 3, "--seeds", 1, "--out"]
     assert command(*args, tmp_path / "calm") == 0
     assert len(quick.rates) == 3 * 2 + 3
     shown = capsys.readouterr()
+    assert shown.out.startswith(f"{tmp_path}/calm: 0 of 2 trainings finished\n")
     assert "FedGIN on PHANTOMS" in shown.out
     assert "ct: 12 cases to train, 4 to validate, 8 to test" in shown.out
-    assert "no validation case holds an organ" not in shown.out
-    assert shown.out.endswith(f"Everything is in {tmp_path}/calm/\n")
+    assert shown.out.endswith(f"All tables: {tmp_path}/calm/results.md\n")
     lines = shown.err.splitlines()
-    assert len(lines) == 3 + 3
-    line = r"arm 1 of 2 \(fl 1:5\), round 3 of 3: loss 0.00, MRI 0\.\d\d, CT 0\.\d\d; 00:\d\d left"
+    assert len(lines) == 3 + 1 + 3 + 1
+    figures = r"loss 0.00, MRI 0\.\d\d, CT 0\.\d\d; 00:\d\d left"
+    line = rf"training 1 of 2 \(fl 1:5, seed 1\), round 3 of 3: {figures}"
     assert re.fullmatch(line, lines[2])
-    assert re.fullmatch(
-        r"arm 2 of 2 \(mri-only\), round 1 of 3: loss 0.00, MRI 0\.\d\d; .*", lines[3]
-    )
+    kept = r"the weights of round [123], validation Dice 0\.\d\d are kept"
+    assert re.fullmatch(rf"training 1 of 2 \(fl 1:5, seed 1\): {kept}", lines[3])
+    figures = r"loss 0.00, MRI 0\.\d\d; 00:\d\d left"
+    line = rf"training 2 of 2 \(mri-only, seed 1\), round 1 of 3: {figures}"
+    assert re.fullmatch(line, lines[4])
 
     quick.rates.clear()
     quick.fails_at = 8
     assert command(*args, tmp_path / "out") == 1
-    message = "seed 1, arm mri-only: round 2, hospital mri: the disk is gone"
-    assert message in capsys.readouterr().err
+    shown = capsys.readouterr()
+    message = "mri-only, seed 1: round 2, hospital mri: the disk is gone"
+    assert shown.err.splitlines()[-1] == f"FAILED: {message}"
+    assert shown.out.splitlines()[-1] == message
     quick.rates.clear()
     quick.fails_at = 0
-    assert command(*args, tmp_path / "out", "--resume") == 0
+    assert command(*args, tmp_path / "out") == 0
     assert len(quick.rates) == 2
-    [line, _] = capsys.readouterr().err.splitlines()
-    assert line.startswith("arm 2 of 2 (mri-only), round 2 of 3: ")
+    shown = capsys.readouterr()
+    state = "1 of 2 trainings finished, mri-only, seed 1, in round 2 of 3"
+    assert shown.out.splitlines()[0] == f"{tmp_path}/out: {state}"
+    [line, _, kept] = shown.err.splitlines()
+    assert line.startswith("training 1 of 1 (mri-only, seed 1), round 2 of 3: ")
+    assert kept.startswith("training 1 of 1 (mri-only, seed 1): the weights of round ")
     assert_same(outcome(tmp_path / "calm"), outcome(tmp_path / "out"))
 
-    monkeypatch.setattr(fedgin, "load_hospitals", lambda _: pytest.fail("scans are read"))
-    assert command(*args, tmp_path / "out") == 2
-    assert "holds a run; --resume continues or extends it" in capsys.readouterr().err
+
+def test_a_finished_run_prints_its_tables_and_reads_no_scan(
+    tmp_path, quick, few, monkeypatch, capsys
+):
+    args = ["--arms", "fl", "fedgin", "--rounds", 1, "--out", tmp_path]
+    assert command(*args) == 0
+    first, left = capsys.readouterr().out, outcome(tmp_path)
+    refuse_to_read(monkeypatch)
+    quick.rates.clear()
+    assert command(*args) == 0
+    shown = capsys.readouterr()
+    assert quick.rates == []
+    line = rf"{tmp_path}: 2 of 2 trainings finished, the last one on \d{{4}}-.*, by version 2\..*"
+    assert re.fullmatch(line, shown.out.splitlines()[0])
+    tables = shown.out[shown.out.index("## Test Dice") :]
+    assert tables == first[first.index("## Test Dice") :]
+    assert "| fl 1:5 " in tables
+    assert shown.err == ""
+    assert_same(left, outcome(tmp_path))
 
 
-def test_a_run_says_that_nothing_could_be_validated(tmp_path, quick, monkeypatch, capsys):
-    monkeypatch.setattr(fedgin, "validate", lambda *_: torch.zeros(2, 1, 5))
+def test_a_training_that_fails_is_named_and_the_next_is_taken(tmp_path, quick, few, capsys):
+    """Of three one diverges in its second round: no other is the worse for it."""
+    args = ["--arms", "mri-only", "fl", "fedgin", "--rounds", 2, "--out"]
+    assert command(*args, tmp_path / "calm") == 0
+    quick.rates.clear()
+    quick.fails_at, quick.error = (
+        2 + 4,
+        FloatingPointError("the loss is nan; a lower --lr may help"),
+    )
+    capsys.readouterr()
+    assert command(*args, tmp_path / "out") == 1
+    assert len(quick.rates) == 2 + 4 + 4
+    shown = capsys.readouterr()
+    message = "fl 1:5, seed 42: round 2, hospital ct: the loss is nan; a lower --lr may help"
+    assert f"FAILED: {message}" in shown.err.splitlines()
+    assert "Traceback" not in shown.err
+    assert shown.out.splitlines()[-1] == message
+    title = "## Test Dice, limited scenario, seeds 42: PHANTOMS (synthetic volumes, not patients)"
+    assert f"{title}; NOT FINISHED: 1 trainings" in shown.out.splitlines()
+    report = (tmp_path / "out/results.md").read_text()
+    assert report.splitlines()[0] == f"{title}; NOT FINISHED: 1 trainings"
+    assert "fedgin 1:5 p=1 − mri-only" in report
+    assert "fl 1:5" not in report
+    assert (tmp_path / "out/fl-1-5-seed42/checkpoint.pt").exists()
+    quick.fails_at = 0
+    assert command(*args, tmp_path / "out") == 0
+    assert len(quick.rates) == 2 + 4 + 4 + 2
+    assert_same(outcome(tmp_path / "calm"), outcome(tmp_path / "out"))
+
+
+def test_where_nothing_could_be_validated_the_last_weights_are_kept(
+    tmp_path, quick, monkeypatch, capsys
+):
+    monkeypatch.setattr(fedgin, "validate", lambda *_: (torch.zeros(1, 5), torch.zeros(1, 5)))
     assert command("--arms", "mri-only", "--rounds", 3, "--out", tmp_path) == 0
-    assert "mri-only: no validation case holds an organ; the last" in capsys.readouterr().err
-    assert torch.load(tmp_path / "mri-only-seed42.pt", weights_only=True)["round"] == 3
+    *lines, last = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert all(", MRI nan;" in line for line in lines)
+    kept = "no validation case holds an organ; the last weights are kept"
+    assert last == f"training 1 of 1 (mri-only, seed 42): {kept}"
+    best = torch.load(tmp_path / "mri-only-seed42/model.pt", weights_only=True)["best"]
+    assert best["round"] == 3
+    assert [row["val_dice_mri"] for row in rows_of(tmp_path / "history.csv")] == [""] * 3
 
 
 def test_a_stop_while_testing_does_not_begin_the_test_again(tmp_path, quick, monkeypatch, capsys):
@@ -261,36 +347,113 @@ def test_a_stop_while_testing_does_not_begin_the_test_again(tmp_path, quick, mon
         return score(*args)
 
     monkeypatch.setattr(fedgin, "score_case", failing)
+    one_by_one = functools.partial(in_background, threads=1)  # the eleventh call is of its case
+    monkeypatch.setattr(fedgin, "in_background", one_by_one)
     assert command(*args, tmp_path / "out") == 1
-    assert "seed 42, arm mri-only: the disk is gone" in capsys.readouterr().err
+    assert "FAILED: mri-only, seed 42: the disk is gone" in capsys.readouterr().err
     scored[:] = [None] * 20
-    assert command(*args, tmp_path / "out", "--resume") == 0
+    quick.rates.clear()
+    assert command(*args, tmp_path / "out") == 0
+    assert quick.rates == []
+    assert "mri-only, seed 42, in its test" in capsys.readouterr().out.splitlines()[0]
     assert len(scored) == 20 + (8 + 8 + 16) - 10  # test cases of mri, ct and the other scanner
     assert_same(outcome(tmp_path / "calm"), outcome(tmp_path / "out"))
 
 
-def test_a_finished_run_is_extended_and_trains_nothing_twice(tmp_path, quick, capsys):
+def test_a_finished_run_is_extended_and_trains_nothing_twice(
+    tmp_path, quick, few, monkeypatch, capsys
+):
     args = ["--rounds", 2, "--out"]
     assert command(*args, tmp_path / "a", "--arms", "fl", "--seeds", 1) == 0
-    assert command(*args, tmp_path / "a", "--arms", "fl", "--seeds", 1, 2, "--resume") == 0
+    assert command(*args, tmp_path / "a", "--arms", "fl", "--seeds", 2, 1) == 0
     ratios = ["--ratios", "1:5", "all"]
     more = ["--arms", "fl", "fedgin", "--seeds", 1, 2, *ratios]
-    assert command(*args, tmp_path / "a", *more, "--resume") == 0
+    shares = ["--gin-probability", 1, 0.5]
+    assert command(*args, tmp_path / "a", *more) == 0
     assert len(quick.rates) == 2 * 2 * 2 * 4  # rounds, hospitals, seeds, arms with their ratios
-    assert command(*args, tmp_path / "b", *more) == 0
-    a, b = (outcome(tmp_path / name) for name in "ab")
-    assert {name for name in a if name.endswith(".pt")} == {n for n in b if n.endswith(".pt")}
-    a, b = (
-        {
-            (r["seed"], r["arm"], r["hospital"], r["modality"], r["case"]): r["scores"]
-            for r in json.loads((tmp_path / name / "results.json").read_text())["results"]
-        }
-        for name in "ab"
-    )
-    assert a == b
+    assert command(*args, tmp_path / "a", *more, *shares) == 0
+    assert len(quick.rates) == 2 * 2 * 2 * 6
+    assert command(*args, tmp_path / "b", *more, *shares) == 0
+    assert_same(*(outcome(tmp_path / name) for name in "ab"))
     capsys.readouterr()
-    assert command(*args, tmp_path / "a", *more, "--resume", "--rounds", 3) == 2
-    assert "rounds cannot be added, as the learning rate falls" in capsys.readouterr().err
+    refuse_to_read(monkeypatch)
+    assert command(*args, tmp_path / "a", *more, "--rounds", 3) == 2
+    error = capsys.readouterr().err
+    assert "rounds 2, now 3" in error
+    assert "rounds cannot be added, as the learning rate falls" in error
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (["--lr", 0.5], "lr 0.004, now 0.5"),
+        (["--width", 3, "--mri-cases", 1], "mri_cases 2, now 1; width 2, now 3"),
+        (["--organs", "liver"], "liver kidneys spleen pancreas gallbladder, now liver"),
+        (["--scenario", "complete"], "scenario limited, now complete"),
+    ],
+)
+def test_other_settings_are_refused_before_a_scan_is_read(
+    other, message, tmp_path, quick, few, monkeypatch, capsys
+):
+    args = ["--arms", "mri-only", "--rounds", 1, "--out", tmp_path]
+    assert command(*args) == 0
+    left = outcome(tmp_path)
+    capsys.readouterr()
+    refuse_to_read(monkeypatch)
+    assert command(*args, *other) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith(f"fedgin.py: {tmp_path}: holds a run with other settings: ")
+    assert message in shown.err
+    assert len(shown.err.splitlines()) == 1
+    assert_same(left, outcome(tmp_path))
+
+
+def test_shares_that_differ_in_their_last_digits_are_two_trainings(tmp_path, quick, few):
+    shares = ["--gin-probability", "0.12345671", "0.12345672"]
+    assert command("--arms", "fedgin", "--rounds", 1, *shares, "--out", tmp_path) == 0
+    assert len(quick.rates) == 2 * 2
+    for share in ("0.12345671", "0.12345672"):
+        folder = tmp_path / f"fedgin-1-5-p{share}-seed42"
+        assert {row["p"] for row in rows_of(folder / "scores.csv")} == {share}
+        assert f"| fedgin 1:5 p={share} |" in (tmp_path / "results.md").read_text()
+    assert {row["p"] for row in rows_of(tmp_path / "scores.csv")} == {"0.12345671", "0.12345672"}
+
+
+def test_a_run_of_version_1_is_refused_with_a_sentence(tmp_path, monkeypatch, capsys):
+    """As version 1.0.0 left it, with arms, seeds and shares among its settings."""
+    settings = {"format": 2, "scenario": "limited", "arms": ["mri-only"], "ratios": ["1:5"]}
+    settings |= {"mri_cases": 2, "seeds": [42], "rounds": 2, "gin_probability": [1.0]}
+    settings |= {"resume": False, "versions": {"python": "3.11.7", "torch": "2.13.0+cpu"}}
+    (tmp_path / "config.json").write_text(json.dumps(settings, indent=1))
+    for name in ("results.json", "results.md", "scores.csv", "history.csv", "mri-only-seed42.pt"):
+        (tmp_path / name).write_text("of version 1")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    refuse_to_read(monkeypatch)
+    assert command("--arms", "mri-only", "--out", tmp_path) == 2
+    what = "is of version 1, which must end it; choose another --out"
+    assert capsys.readouterr().err == f"fedgin.py: {tmp_path}/config.json: {what}\n"
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_trainings_of_a_run(tmp_path):
+    """Each round of each training and each of its test cases is one process's."""
+    args = [*TINY, "--arms", "mri-only", "fl", "fedgin", "--seeds", 1, 2, "--out"]
+    with Forks(tmp_path) as forks:
+        assert forks.start(*args, tmp_path / "calm").end()[0] == 0
+        alone = sorted(forks.notes.read_text().splitlines())
+        forks.notes.unlink()
+        both = [forks.start(*args, tmp_path / "out") for _ in range(2)]
+        ends = [command.end() for command in both]
+        assert [code for code, _ in ends] == [0, 0]
+        together = sorted(forks.notes.read_text().splitlines())
+    assert together == alone
+    assert len(set(alone)) == len(alone) == 6 * (2 + 4)  # rounds and test cases of a training
+    assert_same(outcome(tmp_path / "calm"), outcome(tmp_path / "out"))
+    # Both were at work, and one has seen that the other still was.
+    trained = [len(re.findall("round 2 of 2: ", shown)) for _, shown in ends]
+    assert sum(trained) == 6
+    assert min(trained) >= 1
 
 
 def test_what_could_not_run_is_refused_before_a_scan_is_read(
@@ -304,12 +467,16 @@ def test_what_could_not_run_is_refused_before_a_scan_is_read(
     ct, mri = tmp_path / ct_folder.name, tmp_path / mri_folder.name
     args = ["--out", tmp_path / "out", "--ct", ct]
     assert command(*args) == 2
-    assert "arm mri-only needs MRI training cases" in capsys.readouterr().err
+    message = "there are no MRI training cases, and an arm needs some; give folders with --mri or"
+    assert message in capsys.readouterr().err
     assert command(*args, "--mri", mri, "--sites", 3) == 2
     assert f"--sites 3: {mri} has 2 training cases, too few" in capsys.readouterr().err
     (ct / "meta.csv").write_text("image_id;split\n" + "".join(f"s000{i};test\n" for i in range(4)))
     assert command(*args, "--mri", mri) == 2
-    assert "arm fl 1:5 needs CT training cases" in capsys.readouterr().err
+    assert (
+        "there are no CT training cases, and an arm needs some; give folders with --ct"
+        in capsys.readouterr().err
+    )
     assert command(*args, "--mri", mri, "--arms", "mri-only") == 2
     assert "cannot be read" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -321,9 +488,12 @@ def test_a_test_folder_that_holds_what_is_trained_on_is_warned_of(
     shutil.copytree(ct_folder, tmp_path / "copy")
     args = ["--ct", ct_folder, "--mri", mri_folder, "--test", tmp_path / "copy", "--arms", "fl"]
     assert command(*args, "--spacing", 9, "--out", tmp_path / "out") == 0
-    [line] = [x for x in capsys.readouterr().out.splitlines() if x.startswith("WARNING")]
-    copied = f"{tmp_path}/copy/s0000/ct.nii.gz is a copy of {ct_folder}/s0000/ct.nii.gz"
-    assert line == f"WARNING: what is trained on is tested on: {copied}, and 3 others too"
+    lines = capsys.readouterr().out.splitlines()
+    [line] = [x for x in lines if x.startswith("WARNING") and "twice" in x]
+    copies = [f"s000{i}/ct.nii.gz" for i in range(4)]
+    copies = [f"{tmp_path}/copy/{name} is a copy of {ct_folder}/{name}" for name in copies]
+    what = "4 scans are there twice, and what is trained on may be tested on"
+    assert line == f"WARNING: {what}: {'; '.join(copies)}"
 
 
 def test_run_does_what_the_command_does(tmp_path, quick):
@@ -336,8 +506,8 @@ def test_run_does_what_the_command_does(tmp_path, quick):
 def test_gin_probability_0_is_fl(tmp_path):
     args = ["--out", tmp_path, "--rounds", 1, "--arms", "fl", "fedgin", "--gin-probability", 0]
     assert command(*args) == 0
-    names = "fl-1-5-seed42.pt", "fedgin-1-5-p0-seed42.pt"
-    assert_equal(*(weights(tmp_path / name) for name in names))
+    folders = "fl-1-5-seed42", "fedgin-1-5-p0-seed42"
+    assert_equal(*(weights(tmp_path / name / "model.pt") for name in folders))
 
 
 # ------------------------------------------------------------------------------- who trains on what
@@ -345,17 +515,160 @@ def test_gin_probability_0_is_fl(tmp_path):
 
 @pytest.mark.parametrize("flag", ["--scenario", "--arms", "--ratios"])
 def test_other_choices_are_refused(flag, capsys):
-    with pytest.raises(SystemExit):
-        config(flag, "another")
+    with pytest.raises(SystemExit) as end:
+        command(flag, "another")
+    assert end.value.code == 2
     assert f"argument {flag}: invalid choice: 'another'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "table"),
+    [
+        ({"scenario": "another"}, SCENARIOS),
+        ({"arms": "another"}, ARMS),
+        ({"ratios": "another"}, RATIOS),
+    ],
+)
+def test_a_plan_refuses_names_that_are_in_no_table(settings, table):
+    with pytest.raises(DataError) as error:
+        plan(Config(**settings))
+    assert str(error.value) == f"'another' is none of {', '.join(table)}"
+
+
+def test_scenarios():
+    limited = ["mri-only", "fl 1:5", "fedgin 1:5 p=1"]
+    assert labels_of_plan("--scenario", "limited") == limited
+    complete = ["mri-only", "ct-only", "fl", "fedgin p=1", "centralized+gin p=1"]
+    assert labels_of_plan("--scenario", "complete") == complete
+    assert labels_of_plan("--scenario", "complete", "--arms", "ct-only") == ["ct-only"]
+
+
+def test_ratios_and_shares_stand_behind_the_arms_that_differ_by_them():
+    args = ["--arms", "mri-only", "fl", "fedgin"]
+    assert labels_of_plan(*args) == ["mri-only", "fl 1:5", "fedgin 1:5 p=1"]
+    more = ["--ratios", "1:1", "all", "--gin-probability", 1, 0.5]
+    labels = [
+        *("mri-only", "fl 1:1", "fl all"),
+        *("fedgin 1:1 p=1", "fedgin 1:1 p=0.5", "fedgin all p=1", "fedgin all p=0.5"),
+    ]
+    assert labels_of_plan(*args, *more) == labels
+    found = plan(config(*args, *more, "--seeds", 3, 1))
+    assert [training.label for training in found] == 2 * labels
+    assert [training.seed for training in found] == 7 * [3] + 7 * [1]
+    assert found[1] == Training(3, "fl", "1:1", None)
+    assert found[4] == Training(3, "fedgin", "1:1", 0.5)
+    assert labels_of_plan("--arms", "mri-only", "fl", "--scenario", "complete") == [
+        "mri-only",
+        "fl",
+    ]
+
+
+def test_arms_and_ratios():
+    mri_and_ct = hospitals(1)
+
+    def shares(arm, ratio="", p=None, *args):
+        """{who trains: (cases, batches a round)}"""
+        clients = make_clients(config(*args), Training(1, arm, ratio, p), mri_and_ct)
+        return {k: (client.n_k, len(list(client.batches(1)))) for k, client in clients.items()}
+
+    assert shares("mri-only") == shares("mri-only+gin", "", 1.0) == {"mri": (2, 2)}
+    assert shares("ct-only", "1:5") == shares("ct-only+gin", "1:5", 1.0) == {"ct": (10, 2)}
+    both = {"mri": (2, 2), "ct": (10, 2)}
+    assert shares("fedgin", "1:5", 1.0) == shares("fl", "1:5") == both
+    pooled = {"pooled": (12, 4)}
+    assert shares("centralized", "1:5") == shares("centralized+gin", "1:5", 1.0) == pooled
+    assert shares("fl", "1:2") == {"mri": (2, 2), "ct": (4, 2)}
+    assert shares("fl", "all") == {"mri": (2, 2), "ct": (12, 2)}
+    assert shares("fl", "1:5", None, "--mri-cases", 1) == {"mri": (1, 2), "ct": (5, 2)}
+    complete = config("--scenario", "complete")
+    found = choose_cases(complete, Training(1, "fl"), mri_and_ct)
+    assert {name: len(cases) for name, cases in found.items()} == {"mri": 12, "ct": 12}
+
+
+def test_a_pool_holds_the_cases_that_the_hospitals_would_train_on(monkeypatch):
+    settings, everyone = config(), hospitals(1)
+    by_hospital = choose_cases(settings, FL, everyone)
+    pools, make = [], fedgin.make_client
+
+    def making(config, training, name, volumes, *args):
+        pools.append((name, volumes))
+        return make(config, training, name, volumes, *args)
+
+    monkeypatch.setattr(fedgin, "make_client", making)
+    make_clients(settings, Training(1, "centralized+gin", "1:5", 1.0), everyone)
+    [(name, pool)] = pools
+    expected = [(case.modality, case.id) for cases in by_hospital.values() for case in cases]
+    assert name == "pooled"
+    assert [(case.modality, case.id) for case in pool] == expected
+    assert len(expected) == 12
+
+
+def test_a_ratio_is_that_of_the_mri_cases_there_are():
+    mri, ct = hospitals(1)
+    few = [mri._replace(train=mri.train[:2]), mri._replace(name="b", train=mri.train[2:3]), ct]
+    chosen = choose_cases(config("--mri-cases", 5), Training(1, "fl", "1:2"), few)
+    assert {name: len(cases) for name, cases in chosen.items()} == {"mri": 2, "b": 1, "ct": 6}
+
+
+def test_cases_come_from_the_hospitals_in_turns():
+    settings = config("--mri-cases", 3)
+    mri, ct = hospitals(1)
+    small = mri._replace(name="small", train=mri.train[5:6])
+    everyone = [mri, small, ct]
+    chosen = choose_cases(settings, Training(1, "fl", "1:1"), everyone)
+    ids = {name: [case.id for case in cases] for name, cases in chosen.items()}
+    assert ids == {
+        "mri": ["phantom00", "phantom01"],
+        "small": ["phantom05"],
+        "ct": ["phantom00", "phantom01", "phantom02"],
+    }
+    pooled = make_clients(settings, Training(1, "centralized+gin", "1:1", 1.0), everyone)["pooled"]
+    assert len(list(pooled.batches(1))) == 2 * 3  # as many as three hospitals would train
+
+
+def test_without_mri_cases_all_of_ct_train():
+    """A limited ct-only arm at a hospital that has nothing else."""
+    [ct] = hospitals(1)[1:]
+    [(name, cases)] = choose_cases(config(), Training(1, "ct-only", "1:5"), [ct]).items()
+    assert (name, len(cases)) == ("ct", 10)
+    with pytest.raises(
+        DataError, match="no MRI training cases, and an arm needs some; .* --mri or"
+    ):
+        study.hospitals.check_modalities({"mri"}, {"ct"})
+    with pytest.raises(DataError, match="no CT training cases, and an arm needs some; .* --ct or"):
+        study.hospitals.check_modalities(["mri", "ct"], {"mri"})
+    study.hospitals.check_modalities({"ct"}, {"ct"})
+
+
+def test_the_screen_says_who_trains_on_what(tmp_path, quick, capsys):
+    args = ["--ratios", "1:1", "1:5", "--mri-cases", 3, "--arms", "fl", "centralized"]
+    assert command(*args, "--rounds", 1, "--seeds", 1, 2, "--out", tmp_path) == 0
+    lines = capsys.readouterr().out.splitlines()
+    first = lines.index("mri: 12 cases to train, 4 to validate, 8 to test")
+    assert lines[first : first + 7] == [
+        "mri: 12 cases to train, 4 to validate, 8 to test",
+        "ct: 12 cases to train, 4 to validate, 8 to test",
+        "other-scanner: 0 cases to train, 0 to validate, 16 to test",
+        "fl 1:1:                     training cases: mri 3, ct 3",
+        "fl 1:5:                     training cases: mri 3, ct 12",
+        "centralized 1:1:            training cases: mri 3, ct 3",
+        "centralized 1:5:            training cases: mri 3, ct 12",
+    ]
+    report = (tmp_path / "results.md").read_text()
+    assert "    centralized 1:5, seed 2: {'pooled': 15}\n" in report
 
 
 @pytest.mark.parametrize("with_gin", ["fedgin", "mri-only+gin", "ct-only+gin", "centralized+gin"])
 def test_arms_differ_by_gin_alone(with_gin):
     """Each has a twin that trains on the same patches, untransformed."""
     plain = {"fedgin": "fl"}.get(with_gin, with_gin.removesuffix("+gin"))
-    both = (ARMS[name]._replace(ratio=5) for name in (plain, with_gin))
-    sides = [fedgin.make_clients(config(), 1, arm, hospitals(1), CPU) for arm in both]
+    everyone = hospitals(1)
+    sides = [
+        make_clients(config(), training, everyone)
+        for training in (Training(1, plain, "1:5"), Training(1, with_gin, "1:5", 1.0))
+    ]
+    assert not ARMS[plain].gin
+    assert ARMS[with_gin] == ARMS[plain]._replace(gin=True)
     assert sides[0].keys() == sides[1].keys()
     for name, client in sides[0].items():
         found, redrawn = list(client.batches(1)), list(sides[1][name].batches(1))
@@ -366,29 +679,22 @@ def test_arms_differ_by_gin_alone(with_gin):
             assert torch.equal(others, gin(images, generator=drawn))
 
 
-def test_clients_count_the_cases_that_they_train_on():
-    clients = fedgin.make_clients(config(), 1, arm("fedgin 1:5 p=1"), hospitals(1), CPU)
-    assert {name: client.n_k for name, client in clients.items()} == {"mri": 2, "ct": 10}
-    clients = fedgin.make_clients(config(), 1, arm("centralized+gin 1:5 p=1"), hospitals(1), CPU)
-    assert {name: client.n_k for name, client in clients.items()} == {"pooled": 12}
-    assert len(list(clients["pooled"].batches(1))) == 4
-
-
 # ----------------------------------------------------------------------------------- batches, draws
 
 
 def draw_batches(name="mri", seed=1, p=0.0, round_=1, cases=None, *args):
-    cases = cases or hospitals(1)[0].train[:2]
-    return list(fedgin.batches(config(*args), seed, name, cases, 3, p, CPU, round_))
+    cases, training = cases or volumes(hospitals(1)[0].train[:2]), Training(seed, "fl", "", p)
+    client = fedgin.make_client(config(*args), training, name, cases, 3, CPU)
+    return list(client.batches(round_))
 
 
 def test_batches_are_patches_of_the_cases_on_the_device():
-    cases = hospitals(1)[0].train[:2]
+    cases = volumes(hospitals(1)[0].train[:2])
     found = draw_batches("mri", 1, 0, 1, cases, "--patch", "16", "--batch-size", "3")
     assert len(found) == 3
     for images, (labels, labelled) in found:
         assert (images.shape, images.dtype) == ((3, 1, 16, 16, 16), torch.float32)
-        assert (labels.shape, labels.dtype) == ((3, 16, 16, 16), torch.int64)
+        assert (labels.shape, labels.dtype) == ((3, 16, 16, 16), torch.uint8)
         assert labelled is None  # every organ of every image is
     whole = draw_batches(cases=cases)  # phantoms have 32 voxels, as a patch
     for images, (labels, _) in whole:
@@ -398,14 +704,15 @@ def test_batches_are_patches_of_the_cases_on_the_device():
 
 
 def test_batches_say_which_organs_are_labelled():
-    cases = [c._replace(labelled=np.arange(6) < 3) for c in hospitals(1)[0].train[:2]]
+    cases = volumes(hospitals(1)[0].train[:2])
+    cases = [case._replace(labelled=np.arange(6) < 3) for case in cases]
     for _, (_, labelled) in draw_batches(cases=cases):
         assert labelled.tolist() == [[True] * 3 + [False] * 3] * 2
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
 def test_gin_redraws_a_share_p_of_the_images_and_nothing_else(p):
-    cases = hospitals(1)[0].train[:2]
+    cases = volumes(hospitals(1)[0].train[:2])
     redrawn = draw_batches("mri", 1, p, 1, cases, "--batch-size", 8)
     plain = data.patches(cases, 32, 8, 3, data.generator(1, 1, "mri", "patches"))
     layer, share = GIN(p, generator=data.generator(1, 1, "mri", "gin")), []
@@ -429,11 +736,16 @@ def test_validation_and_test_see_the_scans_as_they_are(monkeypatch):
     seen = []
     monkeypatch.setattr(fedgin, "UNet3D", Network)
     everyone, settings = hospitals(1), config("--rounds", 1)
-    [state] = fedgin.train_arm(settings, fedgin.new_state(1, "fedgin 1:5 p=1"), everyone, CPU)
-    assert set(seen) == {case.image.tobytes() for h in everyone for case in h.val}
+    held_out = validation_cases(1, everyone, ("mri", "ct"))
+    clients = make_clients(settings, FEDGIN, everyone)
+    [checkpoint] = fedgin.train_arm(settings, FEDGIN, clients, held_out)
+    assert set(seen) == {case.image.tobytes() for h in everyone for case in volumes(h.val)}
     seen.clear()
-    list(fedgin.test(settings, fedgin.make_model(settings, 1, CPU, state["weights"]), everyone))
-    assert set(seen) == {case.image.tobytes() for h in everyone for case in h.test}
+    model = fedgin.make_model(settings, 1, CPU, checkpoint.weights)
+    cases = [(hospital, case) for hospital in everyone for case in hospital.test]
+    tested = list(fedgin.run_test(settings, model, cases))
+    assert [(hospital, case) for hospital, case, _ in tested] == cases
+    assert set(seen) == {case.volume.image.tobytes() for _, case in cases}
 
 
 @pytest.mark.parametrize("p", [0, 1])
@@ -462,19 +774,47 @@ def test_draws_depend_on_seed_round_hospital_and_purpose_alone():
 
 
 def test_all_arms_of_a_seed_start_from_the_same_weights():
-    assert fedgin.new_state(1, "fl") == {
-        "seed": 1,
-        "arm": "fl",
-        "round": 0,
-        "weights": None,
-        "best": {"val_dice": -math.inf, "round": 0, "weights": None},
-        "history": [],
-    }
+    assert Checkpoint() == Checkpoint(0, None, Best(-math.inf, 0, None), ())
     before = torch.get_rng_state()
-    a, b, other = (fedgin.make_model(config(), seed, CPU).state_dict() for seed in (1, 1, 2))
+    a, b, other = (fedgin.make_model(config(), seed).state_dict() for seed in (1, 1, 2))
     assert_equal(a, b)
     assert differ(a, other)
     assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(1)
+    assert_equal(a, UNet3D(1, 6, 2, 2).state_dict())
+
+
+def test_the_first_round_starts_from_the_seeds_weights(monkeypatch):
+    """In every arm, at every hospital."""
+    begun = []
+
+    def train(model, *_, **__):
+        begun.append({key: w.clone() for key, w in model.state_dict().items()})
+        return 0.5
+
+    monkeypatch.setattr(fedgin, "train_locally", train)
+    everyone, settings = hospitals(1), config("--rounds", 1)
+    for training in (FL, FEDGIN, Training(1, "mri-only"), Training(1, "centralized+gin", "", 1.0)):
+        clients = make_clients(settings, training, everyone)
+        list(fedgin.train_arm(settings, training, clients, held_out=[]))
+    assert len(begun) == 2 + 2 + 1 + 1
+    for found in begun:
+        assert_equal(found, fedgin.make_model(settings, 1).state_dict())
+
+
+def train_arm(settings, training, start=None):
+    """Train an arm at the phantoms' hospitals, from its checkpoint."""
+    everyone = hospitals(training.seed)
+    modalities = ARMS[training.arm].modalities
+    held_out = validation_cases(training.seed, everyone, modalities)
+    clients = make_clients(settings, training, everyone)
+    return fedgin.train_arm(settings, training, clients, held_out, checkpoint=start)
+
+
+def perfect(config, model, cases, modalities):
+    """What validate gives where every organ of a case is found."""
+    ones = torch.ones(len(modalities), len(config.organs), dtype=torch.float64)
+    return ones, ones
 
 
 def test_the_learning_rate_falls_by_a_polynomial(monkeypatch):
@@ -485,9 +825,8 @@ def test_the_learning_rate_falls_by_a_polynomial(monkeypatch):
         return 0.5
 
     monkeypatch.setattr(fedgin, "train_locally", train)
-    monkeypatch.setattr(fedgin, "validate", lambda *_: torch.ones(2, 2, 5))
-    settings = config("--rounds", 10, "--lr", 0.02)
-    list(fedgin.train_arm(settings, fedgin.new_state(1, "fl 1:5"), hospitals(1), CPU))
+    monkeypatch.setattr(fedgin, "validate", perfect)
+    list(train_arm(config("--rounds", 10, "--lr", 0.02), FL))
     assert rates[::2] == rates[1::2]  # both hospitals'
     assert rates[::2] == pytest.approx([0.02 * (1 - t / 10) ** 0.9 for t in range(10)])
 
@@ -499,33 +838,36 @@ def test_a_loss_ten_times_that_of_chance_is_refused(losses, explodes, monkeypatc
     """Of equal probabilities it is ln 6 + 1 = 2.79 with five organs, and Dice next to nothing."""
     found = itertools.cycle(losses)
     monkeypatch.setattr(fedgin, "train_locally", lambda *_, **__: next(found))
-    monkeypatch.setattr(fedgin, "validate", lambda *_: torch.ones(2, 2, 5))
-    trained = fedgin.train_arm(config(), fedgin.new_state(1, "fl 1:5"), hospitals(1), CPU)
+    monkeypatch.setattr(fedgin, "validate", perfect)
+    trained = train_arm(config(), FL)
     if explodes:
-        with pytest.raises(FloatingPointError, match="round 1: .* exploded; a lower --lr"):
+        with pytest.raises(FloatingPointError, match="'mri': .* exploded; a lower --lr") as error:
             next(trained)
+        assert error.value.__notes__ == ["round 1"]
     else:
-        assert [state["round"] for state in trained] == [1, 2]
+        assert [checkpoint.round for checkpoint in trained] == [1, 2]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("label", ["fl", "fedgin p=1"])
-def test_training_learns(label):
+@pytest.mark.parametrize("training", [Training(1, "fl"), Training(1, "fedgin", "", 1.0)])
+def test_training_learns(training):
     """Livers, in five rounds: validation Dice from a tenth to about a half, and less loss."""
     everyone = [
         h._replace(train=h.train[:4], val=h.val[:2]) for h in hospitals(1, "--organs", "liver")
     ]
     args = ["--organs", "liver", "--scenario", "complete", "--width", 4, "--depth", 3]
     settings = config(*args, "--rounds", 5, "--local-steps", 10, "--lr", 0.01)
-    cases = validation_cases(1, everyone)
-    sums = fedgin.validate(settings, fedgin.make_model(settings, 1, CPU), cases, ("mri", "ct"))
-    untrained = fedgin.mean_dice(sums, ("mri", "ct"))
-    *_, state = fedgin.train_arm(settings, fedgin.new_state(1, label), everyone, CPU)
-    columns = ("loss", "val_dice_mri", "val_dice_ct")
-    losses, mri, ct = ([row[column] for row in state["history"]] for column in columns)
+    both = ("mri", "ct")
+    cases = validation_cases(1, everyone, both)
+    model = fedgin.make_model(settings, 1)
+    untrained = fedgin.mean_dice(*fedgin.validate(settings, model, cases, both), both)
+    clients = make_clients(settings, training, everyone)
+    *_, checkpoint = fedgin.train_arm(settings, training, clients, cases)
+    losses = [np.mean(list(done.losses.values())) for done in checkpoint.history]
     assert losses[-1] < 0.75 * losses[0]
-    assert max(mri) > untrained["mri"] + 0.2
-    assert max(ct) > untrained["ct"] + 0.3
+    for modality, more in (("mri", 0.2), ("ct", 0.3)):
+        found = [done.val_dice[modality] for done in checkpoint.history]
+        assert max(found) > untrained[modality] + more
 
 
 # ----------------------------------------------------------------------------------------- the loss
@@ -533,13 +875,15 @@ def test_training_learns(label):
 
 def test_organs_are_renumbered():
     [mri, _] = hospitals(5, "--organs", "spleen", "liver")
-    labels = phantom(5, "mri", 0)[1]
-    np.testing.assert_array_equal(mri.train[0].labels == 1, labels == 3)
-    np.testing.assert_array_equal(mri.train[0].labels == 2, labels == 1)
+    labels = make_phantom(5, "mri", 0)[1]
+    np.testing.assert_array_equal(mri.train[0].volume.labels == 1, labels == 3)
+    np.testing.assert_array_equal(mri.train[0].volume.labels == 2, labels == 1)
 
 
-def small_case(labels, labelled):
-    return data.make_volume("x", "mri", labels.astype(np.float32), labels, np.array(labelled))
+def small_case(labels, labelled, modality="mri", image=None):
+    image = labels.astype(np.float32) if image is None else image
+    volume = data.make_volume("x", modality, image, labels, np.array(labelled))
+    return PreparedCase(volume, lambda: (labels, (1.0, 1.0, 1.0)), files=[])
 
 
 def test_class_weights_and_loss_by_hand():
@@ -548,7 +892,7 @@ def test_class_weights_and_loss_by_hand():
     labels[0, 0] = 1  # a share of 4 in 16
     settings = config("--organs", "liver", "--scenario", "complete")
     hospital = Hospital("mri", "mri", [small_case(labels, [True] * 2)], [], [])
-    loss = fedgin.make_clients(settings, 1, ARMS["mri-only"], [hospital], CPU)["mri"].loss_function
+    loss = make_clients(settings, Training(1, "mri-only"), [hospital])["mri"].loss_function
     logits = torch.randn(1, 2, 2, 2, 4, generator=torch.Generator().manual_seed(0))
     p = torch.softmax(logits, 1)[0]
     weight = {0: (16 / 12) ** 0.5, 1: (16 / 4) ** 0.5}
@@ -572,8 +916,8 @@ def test_a_pools_weights_are_those_of_all_its_cases():
     settings = config("--organs", "liver", "--scenario", "complete")
     pair = [Hospital("a", "mri", cases[:2], [], []), Hospital("b", "ct", cases[2:], [], [])]
 
-    def weight(label):
-        clients = fedgin.make_clients(settings, 1, ARMS[label], pair, CPU)
+    def weight(arm):
+        clients = make_clients(settings, Training(1, arm), pair)
         return {k: c.loss_function.keywords["weight"].tolist() for k, c in clients.items()}
 
     assert weight("centralized")["pooled"] == pytest.approx([24**-0.5, 8**-0.5])
@@ -615,8 +959,8 @@ def test_a_pool_may_mix_what_its_hospitals_label(known):
         )
     args = ["--organs", "liver", "spleen", "pancreas", "--scenario", "complete", "--depth", 1]
     args += ["--patch", 4, "--batch-size", 4]
-    clients = fedgin.make_clients(config(*args), 1, ARMS["centralized"], pair, CPU)
-    counts = sum(hospital.train[0].counts for hospital in pair)
+    clients = make_clients(config(*args), Training(1, "centralized"), pair)
+    counts = sum(hospital.train[0].volume.counts for hospital in pair)
     weight = 1 / np.sqrt(np.maximum(counts, 1))
     mixed = False
     for images, (labels, labelled) in clients["pooled"].batches(1):
@@ -664,90 +1008,89 @@ def test_validation_is_the_mean_over_organs_of_the_means_over_cases(halved):
     known = [True] * 4
     both, liver = small_case(labels_of(1, 2), known), small_case(labels_of(1), known)
     nothing = small_case(labels_of(), known)
-    false_alarm = liver._replace(image=labels_of(1, 3).astype(np.float32))
+    false_alarm = small_case(labels_of(1), known, image=labels_of(1, 3).astype(np.float32))
     mri = Hospital("a", "mri", [nothing], [both, liver], [])
     more = Hospital("b", "mri", [false_alarm], [], [])
-    ct = Hospital("d", "ct", [], [nothing], [])
-    ct_case = nothing._replace(modality="ct")
-    cases = validation_cases(1, [mri, more, ct._replace(val=[ct_case])])
-    sums = fedgin.validate(settings, nn.Identity(), cases, ("mri", "ct"))
-    assert sums.tolist() == [
-        [[3, pytest.approx(2 / 3, rel=1e-12), 0], [0, 0, 0]],
-        [[3, 1, 0], [0, 0, 0]],
-    ]
-    assert sums.dtype == torch.float64
-    means = fedgin.mean_dice(sums, ("mri", "ct"))
+    ct_case = small_case(labels_of(), known, "ct")
+    ct = Hospital("d", "ct", [], [ct_case], [])
+    cases = validation_cases(1, [mri, more, ct], ("mri", "ct"))
+    sums, counts = fedgin.validate(settings, nn.Identity(), cases, ("mri", "ct"))
+    assert sums.tolist() == [[3, pytest.approx(2 / 3, rel=1e-12), 0], [0, 0, 0]]
+    assert counts.tolist() == [[3, 1, 0], [0, 0, 0]]
+    assert sums.dtype == counts.dtype == torch.float64
+    means = fedgin.mean_dice(sums, counts, ("mri", "ct"))
     assert means["mri"] == pytest.approx((1 + 2 / 3) / 2)
     assert math.isnan(means["ct"])
     only_ct = fedgin.validate(settings, nn.Identity(), [ct_case], ("ct",))
-    assert only_ct.tolist() == [[[0, 0, 0]], [[0, 0, 0]]]
+    assert [part.tolist() for part in only_ct] == [[[0, 0, 0]], [[0, 0, 0]]]
 
 
-def keep_rounds(arm, dices, losses):
-    """The states of a training whose weights are the number of their round."""
-    model, states = nn.Linear(1, 1, bias=False), [fedgin.new_state(7, arm)]
+def keep_rounds(dices, losses):
+    """The checkpoints of a training whose weights are the number of their round."""
+    model, checkpoints = nn.Linear(1, 1, bias=False), [Checkpoint()]
     for round_, val_dice in enumerate(dices, start=1):
         nn.init.constant_(model.weight, round_)
-        states.append(fedgin.keep_round(states[-1], model, losses, val_dice, round_ / 8))
-    return states
+        done = Round(round_, losses, val_dice, round_ / 8)
+        checkpoints.append(fedgin.keep_round(checkpoints[-1], model, done))
+    return checkpoints
 
 
 def test_the_best_weights_are_those_of_the_best_mean_over_modalities():
     dices = [(0.1, 0.3), (0.4, 0.2), (0.2, 0.4), (0.1, 0.49), (0.5, 0.0)]
     dices = [{"mri": mri, "ct": ct} for mri, ct in dices]
-    states = keep_rounds("fl", dices, {"mri": 1.0, "ct": 2.0})
-    assert [state["round"] for state in states] == [0, 1, 2, 3, 4, 5]
-    assert [state["weights"]["weight"].item() for state in states[1:]] == [1, 2, 3, 4, 5]
-    assert [state["best"]["round"] for state in states] == [0, 1, 2, 2, 2, 2]
-    assert states[-1]["best"]["val_dice"] == pytest.approx(0.3)
-    assert states[-1]["best"]["weights"]["weight"].item() == 2
-    row = {"seed": 7, "arm": "fl", "round": 2, "seconds": 0.25, "loss": 1.5}
-    row |= {"val_dice_mri": 0.4, "val_dice_ct": 0.2, "loss mri": 1.0, "loss ct": 2.0}
-    assert states[-1]["history"][1] == row
-    assert len(states[-1]["history"]) == 5
-    [_, alone] = keep_rounds("ct-only", [{"ct": 0.5}], {"ct": 0.5})
-    row = {"seed": 7, "arm": "ct-only", "round": 1, "seconds": 0.12, "loss": 0.5}
-    assert alone["history"] == [row | {"val_dice_mri": "", "val_dice_ct": 0.5, "loss ct": 0.5}]
+    losses = {"mri": 1.0, "ct": 2.0}
+    kept = keep_rounds(dices, losses)
+    assert [checkpoint.round for checkpoint in kept] == [0, 1, 2, 3, 4, 5]
+    assert [checkpoint.weights["weight"].item() for checkpoint in kept[1:]] == [1, 2, 3, 4, 5]
+    assert [checkpoint.best.round for checkpoint in kept] == [0, 1, 2, 2, 2, 2]
+    assert kept[-1].best.val_dice == pytest.approx(0.3)
+    assert kept[-1].best.weights["weight"].item() == 2
+    assert kept[-1].history == tuple(
+        Round(n, losses, val_dice, n / 8) for n, val_dice in enumerate(dices, start=1)
+    )
+    assert kept[2].history == kept[-1].history[:2]
+    [_, alone] = keep_rounds([{"ct": 0.5}], {"ct": 0.5})
+    assert alone.history == (Round(1, {"ct": 0.5}, {"ct": 0.5}, 1 / 8),)
+    assert alone.best.val_dice == 0.5
 
 
 def test_a_round_without_validation_keeps_the_best_weights_so_far():
     dices = [{}, {"mri": 0.4}, {}, {"mri": math.nan}, {}]
-    states = keep_rounds("mri-only", dices, {"mri": 1.0})
-    assert [state["best"]["round"] for state in states] == [0, 0, 2, 2, 4, 4]
-    assert states[1]["best"]["weights"] is None
-    assert [row["val_dice_mri"] for row in states[3]["history"]] == ["", 0.4, ""]
+    kept = keep_rounds(dices, {"mri": 1.0})
+    assert [checkpoint.best.round for checkpoint in kept] == [0, 0, 2, 2, 4, 4]
+    assert kept[1].best.weights is None
+    assert [done.val_dice for done in kept[3].history] == [{}, {"mri": 0.4}, {}]
 
 
 def test_validation_comes_every_few_rounds_and_after_the_last(monkeypatch):
     monkeypatch.setattr(fedgin, "train_locally", lambda *_, **__: 0.5)
-    monkeypatch.setattr(fedgin, "validate", lambda *_: torch.ones(2, 2, 5))
-    settings = config("--rounds", 8, "--val-every", 3)
-    *_, state = fedgin.train_arm(settings, fedgin.new_state(1, "fl 1:5"), hospitals(1), CPU)
-    validated = [row["round"] for row in state["history"] if row["val_dice_mri"] != ""]
-    assert validated == [3, 6, 8]
+    monkeypatch.setattr(fedgin, "validate", perfect)
+    *_, checkpoint = train_arm(config("--rounds", 8, "--val-every", 3), FL)
+    validated = {done.round: done.val_dice for done in checkpoint.history if done.val_dice}
+    assert validated == {n: {"mri": 1.0, "ct": 1.0} for n in (3, 6, 8)}
+    assert all(config("--rounds", 8).is_validated(n) for n in range(1, 9))
 
 
 def test_a_modality_that_cannot_be_validated_does_not_count():
     dices = [{"mri": mri, "ct": math.nan} for mri in (0.2, 0.4, 0.3)]
-    assert keep_rounds("fl", dices, {"mri": 1.0})[-1]["best"]["round"] == 2
-    assert keep_rounds("fl", [{"mri": math.nan}] * 3, {"mri": 1.0})[-1]["best"]["round"] == 3
+    assert keep_rounds(dices, {"mri": 1.0})[-1].best.round == 2
+    assert keep_rounds([{"mri": math.nan}] * 3, {"mri": 1.0})[-1].best.round == 3
 
 
 def test_an_arm_goes_on_in_the_round_in_which_it_stopped():
     settings = config("--rounds", 4)
-    everyone = hospitals(1)
-    train = functools.partial(fedgin.train_arm, settings, hospitals=everyone, device=CPU)
-    states = list(train(fedgin.new_state(1, "fedgin 1:5 p=1")))
-    assert [state["round"] for state in states] == [1, 2, 3, 4]
-    again = list(train(states[1]))
-    assert [state["round"] for state in again] == [3, 4]
-    assert_equal(again[-1]["weights"], states[-1]["weights"])
-    assert_equal(again[-1]["best"]["weights"], states[-1]["best"]["weights"])
+    whole = list(train_arm(settings, FEDGIN))
+    assert [checkpoint.round for checkpoint in whole] == [1, 2, 3, 4]
+    again = list(train_arm(settings, FEDGIN, start=whole[1]))
+    assert [checkpoint.round for checkpoint in again] == [3, 4]
+    assert_equal(again[-1].weights, whole[-1].weights)
+    assert_equal(again[-1].best.weights, whole[-1].best.weights)
     timeless = [
-        [row | {"seconds": 0} for row in state["history"]] for state in (again[-1], states[-1])
+        [(done.round, done.losses, done.val_dice) for done in checkpoint.history]
+        for checkpoint in (again[-1], whole[-1])
     ]
     assert timeless[0] == timeless[1]
-    assert list(train(states[-1])) == []
+    assert list(train_arm(settings, FEDGIN, start=whole[-1])) == []
 
 
 # --------------------------------------------------------------------------------------- real scans
@@ -758,11 +1101,11 @@ def test_a_run_on_folders(tmp_path, ct_folder, mri_folder, capsys):
     assert command(*args, "--arms", "fedgin", "mri-only") == 0
     shown = capsys.readouterr().out
     assert "PHANTOM" not in shown
-    found = json.loads((tmp_path / "out/results.json").read_text())["results"]
+    found = rows_of(tmp_path / "out/scores.csv")
     assert {(r["hospital"], r["case"]) for r in found if r["modality"] == "ct"} == {
         ("ct_set", "s0003")
     }
-    splits = json.loads((tmp_path / "out/hospitals/ct_set.json").read_text())["splits"]["42"]
+    splits = json.loads((tmp_path / "out/hospitals/ct_set-seed42.json").read_text())["cases"]
     assert {part: set(ids) for part, ids in splits.items()} == {
         "train": {"s0000", "s0001"},
         "val": {"s0002"},
@@ -774,13 +1117,14 @@ def test_a_test_folder_is_only_tested_on(tmp_path, ct_folder, mri_folder):
     held_out = write_totalsegmentator(tmp_path / "held_out", "mri", 2, seed=9)
     args = ["--ct", ct_folder, "--mri", mri_folder, "--test", held_out, "--spacing", 12]
     assert command(*args, "--arms", "fl", "--out", tmp_path / "out") == 0
-    found = json.loads((tmp_path / "out/results.json").read_text())["results"]
+    found = rows_of(tmp_path / "out/scores.csv")
+    assert {row["scanner"] for row in found} == {"other"}
     assert {(r["hospital"], r["case"]) for r in found} == {
         ("held_out", "s0000"),
         ("held_out", "s0001"),
     }
     held_out, ct_set = (
-        json.loads((tmp_path / f"out/hospitals/{name}.json").read_text())["splits"]["42"]
+        json.loads((tmp_path / f"out/hospitals/{name}-seed42.json").read_text())["cases"]
         for name in ("held_out", "ct_set")
     )
     assert held_out["train"] == held_out["val"] == ct_set["test"] == []
@@ -821,13 +1165,17 @@ def test_bad_scans_take_one_line_and_leave_nothing(tmp_path, ct_folder, capsys):
     assert command("--ct", ct_folder, "--mri", few, "--out", tmp_path / "out") == 2
     assert "--organs liver" in capsys.readouterr().err
     assert command("--ct", ct_folder, "--out", tmp_path / "out") == 2
-    assert "arm mri-only needs MRI training cases" in capsys.readouterr().err
+    assert "there are no MRI training cases, and an arm needs some" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 def test_a_diverging_run_ends_with_exit_code_1(tmp_path, capsys):
     assert command("--lr", 1e30, "--arms", "fl", "--out", tmp_path / "out") == 1
-    assert "seed 42, arm fl 1:5: round 1, hospital mri: " in capsys.readouterr().err
+    shown = capsys.readouterr()
+    failed = "fl 1:5, seed 42: round 1, hospital mri: "
+    assert f"FAILED: {failed}" in shown.err
+    assert shown.out.splitlines()[-1].startswith(failed)
+    assert "; NOT FINISHED: 1 trainings" in (tmp_path / "out/results.md").read_text()
 
 
 def test_a_bug_in_the_network_is_not_swallowed(tmp_path, monkeypatch, capsys):
@@ -837,8 +1185,31 @@ def test_a_bug_in_the_network_is_not_swallowed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(UNet3D, "forward", forward)
     with pytest.raises(AttributeError, match="no such layer") as caught:
         command("--arms", "fl", "--out", tmp_path / "out")
-    assert caught.value.__notes__ == ["round 1, hospital mri", "seed 42, arm fl 1:5"]
-    assert "the run failed" not in capsys.readouterr().err
+    assert caught.value.__notes__ == ["round 1, hospital mri", "fl 1:5, seed 42"]
+    shown = capsys.readouterr()
+    assert "FAILED" not in shown.err
+    assert "the run failed" not in shown.err
+    assert "Test Dice" not in shown.out
+
+
+def test_a_bug_ends_the_program_with_its_traceback_and_notes(tmp_path):
+    """As somebody sees it who has changed a line of the method, here of the loss."""
+    changed = "import sys, fedgin; fedgin.segmentation_loss = lambda logits, targets, weight: "
+    changed += "logits.no_such_method(); sys.exit(fedgin.main(sys.argv[1:]))"
+    args = [*TINY, "--arms", "mri-only", "fl", "--out", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, "-c", changed, *args], cwd=tiny.ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    lines = done.stderr.splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert lines[-3:] == [
+        "AttributeError: 'Tensor' object has no attribute 'no_such_method'",
+        "round 1, hospital mri",
+        "mri-only, seed 42",
+    ]
+    assert "fl 1:5, seed 42" not in done.stderr  # the next training is not taken
+    assert not list((tmp_path / "out").glob("fl-*"))
 
 
 # ------------------------------------------------------------------------------------------- faults
@@ -856,31 +1227,31 @@ def scans(tmp_path_factory):
 
 
 class After:
-    """Let the n-th call of results.save (a checkpoint a round) be followed by something bad."""
+    """Let the n-th call of files.write_pt (a checkpoint a round) be followed by something bad."""
 
     def __init__(self, monkeypatch, n, action):
-        self.calls, save = 0, results.save
+        self.calls, write = 0, files.write_pt
 
         def counting(path, content):
-            save(path, content)
+            write(path, content)
             self.calls += 1
             if self.calls == n:
                 action()
 
-        monkeypatch.setattr(results, "save", counting)
+        monkeypatch.setattr(files, "write_pt", counting)
 
 
-def fails_then_resumes(args, calm, tmp_path, capsys, message, repair=lambda: None):
+def fails_then_goes_on(args, calm, tmp_path, capsys, message, repair=lambda: None):
+    """The first training fails as foreseen, with a line that has all parts of the message."""
     args = [*args, "--out", tmp_path / "out", "--cache", tmp_path / "cache"]
     assert tiny.command(*args) == 1
-    error = capsys.readouterr().err
-    line = next(line for line in error.splitlines() if "the run failed" in line)
-    assert "Traceback" not in error
+    shown = capsys.readouterr()
+    line = next(x for x in shown.err.splitlines() if x.startswith("FAILED: ") or "run failed" in x)
+    assert "Traceback" not in shown.err
     for part in message:
         assert part in line
-    assert "--resume goes on" in error.splitlines()[-1]
     repair()
-    assert tiny.command(*args, "--resume") == 0
+    assert tiny.command(*args) == 0
     assert_same(outcome(calm), outcome(tmp_path / "out"))
 
 
@@ -904,8 +1275,9 @@ def test_a_file_that_turns_unreadable(scans, tmp_path, monkeypatch, capsys):
         shutil.copytree(copies, tmp_path / "cache")
 
     After(monkeypatch, 3, spoil)
-    message = ["seed 42", "arm fl", "round 4", "hospital mri", "case s000"]
-    fails_then_resumes(args, calm, tmp_path, capsys, message, repair)
+    message = ["fl 1:5, seed 42: ", "round 4", "hospital mri", "case s000"]
+    message += ["is damaged (image.npy should have ", "delete the folder, and it is made again"]
+    fails_then_goes_on(args, calm, tmp_path, capsys, message, repair)
 
 
 @pytest.mark.slow
@@ -923,31 +1295,41 @@ def test_a_poisoned_volume(scans, tmp_path, monkeypatch, capsys):
             path.write_bytes(content)
 
     After(monkeypatch, 2, poison)
-    message = ["seed 42", "arm fl", "round 3", "hospital mri", "case s000", "NaN"]
-    fails_then_resumes(args, calm, tmp_path, capsys, message, repair)
+    message = ["fl 1:5, seed 42: ", "round 3", "hospital mri", "case s000", "NaN"]
+    fails_then_goes_on(args, calm, tmp_path, capsys, message, repair)
 
 
 @pytest.mark.slow
 def test_a_scan_that_is_gone_when_it_is_tested(scans, tmp_path, monkeypatch, capsys):
     args, calm = scans
-    copies = tmp_path / "scans"
-    shutil.copytree(args[1].parent, copies, copy_function=shutil.copy2)
-    args = [copies / arg.name if isinstance(arg, Path) else arg for arg in args]
-    masks = sorted(copies.rglob("liver.nii.gz"))
-    kept = {path: path.read_bytes() for path in masks}
+    kept = {path: path.read_bytes() for path in sorted(args[1].parent.rglob("liver.nii.gz"))}
+    assert len(kept) == 8
 
     def spoil():
         """The labels that were kept for the test, and the files that they were read from."""
-        for path in [*(tmp_path / "cache").rglob("target.npz"), *masks]:
+        for path in [*(tmp_path / "cache").rglob("target.npz"), *kept]:
             truncate(path)
 
-    def repair():
+    def restore():
         for path, content in kept.items():
             path.write_bytes(content)
 
+    def repair():
+        """As it is told: the entries are made again, for which the scans must be well."""
+        for path in list((tmp_path / "cache").rglob("target.npz")):
+            shutil.rmtree(path.parent)
+        where = ["--out", tmp_path / "out", "--cache", tmp_path / "cache"]
+        assert tiny.command(*args, *where) == 2
+        assert "liver.nii.gz: cannot be read" in capsys.readouterr().err
+        restore()
+
     After(monkeypatch, 5, spoil)  # 4 rounds and the arm's model
-    message = ["seed 42", "arm fl", "liver.nii.gz: cannot be read"]
-    fails_then_resumes(args, calm, tmp_path, capsys, message, repair)
+    message = ["fl 1:5, seed 42: ", f"{tmp_path}/cache/", "is damaged (target.npz should have "]
+    message.append("delete the folder, and it is made again")
+    try:
+        fails_then_goes_on(args, calm, tmp_path, capsys, message, repair)
+    finally:
+        restore()
 
 
 @pytest.mark.slow
@@ -963,8 +1345,8 @@ def test_a_full_disk(scans, tmp_path, monkeypatch, capsys):
 
     After(monkeypatch, 2, full)
     try:
-        message = ["seed 42", "arm fl", "File too large"]
-        fails_then_resumes(args, calm, tmp_path, capsys, message, repair)
+        message = ["fl 1:5, seed 42: ", "File too large"]
+        fails_then_goes_on(args, calm, tmp_path, capsys, message, repair)
     finally:
         repair()
 
@@ -981,7 +1363,7 @@ def test_a_full_disk_while_preprocessing(scans, tmp_path, capsys):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "the run failed" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-    assert tiny.command(*args, "--resume") == 0
+    assert tiny.command(*args) == 0
     assert_same(outcome(calm), outcome(tmp_path / "out"))
 
 
@@ -1007,8 +1389,8 @@ def test_memory_and_losses(broken, message, scans, tmp_path, monkeypatch, capsys
 
     monkeypatch.setattr(UNet3D, "forward", sometimes)
     After(monkeypatch, 2, lambda: sick.append(True))
-    message = ["seed 42, arm fl 1:5: ", "round 3", *message]
-    fails_then_resumes(args, calm, tmp_path, capsys, message, sick.clear)
+    message = ["fl 1:5, seed 42: ", "round 3", *message]
+    fails_then_goes_on(args, calm, tmp_path, capsys, message, sick.clear)
 
 
 # -------------------------------------------------------------------------------------- determinism
@@ -1019,17 +1401,17 @@ def test_more_arms_and_more_threads_change_nothing_in_the_others(tmp_path, monke
     for modality in ("ct", "mri"):
         write_totalsegmentator(tmp_path / modality, modality, 8)
     args = ["--ct", tmp_path / "ct", "--mri", tmp_path / "mri", "--spacing", 12]
-    monkeypatch.setattr(resources.os, "sched_getaffinity", lambda _: {0})
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: {0})
     assert tiny.command(*args, "--out", tmp_path / "one/out") == 0
-    monkeypatch.setattr(resources.os, "sched_getaffinity", lambda _: {0, 1, 2})
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: {0, 1, 2})
     arms = ["--arms", "mri-only", "centralized+gin", "fedgin"]
     assert tiny.command(*args, "--out", tmp_path / "two/out", *arms) == 0
     a, b = (
-        torch.load(tmp_path / x / "out/fedgin-1-5-p1-seed42.pt", weights_only=True)
+        torch.load(tmp_path / x / "out/fedgin-1-5-p1-seed42/model.pt", weights_only=True)
         for x in ("one", "two")
     )
     assert_equal(a["weights"], b["weights"])
-    assert a["val_dice"] == b["val_dice"]
+    assert a["best"] == b["best"]
 
 
 # ------------------------------------------------------------------- validation that cannot score
@@ -1037,33 +1419,31 @@ def test_more_arms_and_more_threads_change_nothing_in_the_others(tmp_path, monke
 
 def test_what_a_modality_without_organs_shows_does_not_choose_the_weights():
     """A modality whose validation cases hold no organ counts in no round, right or wrong there."""
-    state = fedgin.new_state(1, "fl")
-    for round_, (mri, ct) in enumerate([(math.nan, 0.95), (math.nan, 0.30)], start=1):
-        model = torch.nn.Linear(1, 1)
-        state = fedgin.keep_round(state, model, {"a": 1.0}, {"mri": mri, "ct": ct}, round_)
-    assert (state["best"]["round"], state["best"]["val_dice"]) == (1, 0.95)
+    dices = [{"mri": math.nan, "ct": ct} for ct in (0.95, 0.30)]
+    best = keep_rounds(dices, {"a": 1.0})[-1].best
+    assert (best.round, best.val_dice) == (1, 0.95)
 
 
 def test_a_false_positive_does_not_make_an_organ_scorable(monkeypatch):
     settings = config("--organs", "liver")
-    empty = small_case(np.zeros((4, 4, 4), np.uint8), [True, True])
-    held = small_case(np.ones((4, 4, 4), np.uint8), [True, True])
-    cases = [empty, held._replace(modality="ct"), empty._replace(modality="ct")]
+    full, empty = (np.full((4, 4, 4), value, np.uint8) for value in (1, 0))
+    known = [True, True]
+    cases = [
+        small_case(empty, known),
+        small_case(full, known, "ct"),
+        small_case(empty, known, "ct"),
+    ]
     for prediction in (0, 1):
         monkeypatch.setattr(
             fedgin, "segment", lambda *_, p=prediction: np.full((4, 4, 4), p, np.uint8)
         )
-        found = fedgin.mean_dice(
-            fedgin.validate(settings, None, cases, ["mri", "ct"]), ["mri", "ct"]
-        )
+        sums, counts = fedgin.validate(settings, None, cases, ["mri", "ct"])
+        found = fedgin.mean_dice(sums, counts, ["mri", "ct"])
         assert math.isnan(found["mri"])
         assert found["ct"] == prediction
 
 
-def test_where_nothing_can_be_scored_the_last_weights_are_kept():
-    state = fedgin.new_state(1, "fl")
-    for round_ in (1, 2, 3):
-        model = torch.nn.Linear(1, 1)
-        state = fedgin.keep_round(state, model, {"a": 1.0}, {"mri": math.nan}, round_)
-    assert state["best"]["round"] == 3
-    assert torch.equal(state["best"]["weights"]["weight"], model.weight)
+def test_where_nothing_can_be_scored_the_last_weights_are_the_best():
+    *_, last = keep_rounds([{"mri": math.nan}] * 3, {"a": 1.0})
+    assert last.best.round == 3
+    assert last.best.weights["weight"].item() == 3

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from benchmarks import gin_layer
 from gin import GIN, gin
 
 
@@ -46,6 +47,36 @@ def test_equals_the_plain_loop(shape, seed):
     expected = plain_gin(x, seed)
     redrawn = gin(x, generator=torch.Generator().manual_seed(seed))
     torch.testing.assert_close(redrawn.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 40), (2, 3, 9, 14), (3, 1, 8, 7, 10), (1, 2, 5, 6, 7)])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_depthwise_convolutions_make_the_same_network(shape, seed, monkeypatch):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    expected = gin(x, generator=torch.Generator().manual_seed(seed))
+    monkeypatch.setattr(sys.modules["gin"], "_network", gin_layer.depthwise)
+    redrawn = gin(x, generator=torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(redrawn, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_benchmarks_naive_form_has_kernels_of_the_same_sizes(channels, monkeypatch):
+    x, sizes = torch.randn(2, channels, 6, 5, 7), {}
+
+    def convolve(name, conv3d=F.conv3d):
+        def wrapper(h, kernel, *args, **options):
+            sizes.setdefault(name, []).append(kernel.shape)
+            return conv3d(h, kernel, *args, **options)
+
+        return wrapper
+
+    for name, side in gin_layer.sides(x, calls=5).items():
+        monkeypatch.setattr(F, "conv3d", convolve(name))
+        monkeypatch.setitem(sys.modules["gin"].CONVOLUTION, 3, F.conv3d)
+        side()
+    assert sizes["naive"] == sizes["gin"]
+    assert [s[2:] for s in sizes["depthwise"]] == [s[2:] for s in sizes["gin"]]
+    assert len(sizes["gin"]) == 5 * 4
 
 
 def convolve(image, kernels, biases):
@@ -308,3 +339,10 @@ def test_a_layer_shows_its_settings_and_refuses_wrong_ones_at_once():
             GIN(**wrong)
     with pytest.raises(TypeError, match="layers"):
         GIN(0.5, layers=3)
+
+
+@pytest.mark.parametrize("shape", [(0, 1, 8, 8, 8), (2, 0, 8, 8), (2, 1, 8, 0, 8)])
+def test_an_empty_batch_is_refused(shape):
+    for redraw in (gin, GIN()):
+        with pytest.raises(ValueError, match="gin needs floats of shape"):
+            redraw(torch.zeros(shape))

@@ -1,5 +1,7 @@
 """Who holds which cases: phantoms or folders, their sites, their splits, and what is refused."""
 
+import csv
+import dataclasses
 import gzip
 import json
 import shutil
@@ -9,22 +11,32 @@ from collections import Counter
 import nibabel
 import numpy as np
 import pytest
-from conftest import edit, truncate, write_amos, write_nnunet, write_totalsegmentator
+from conftest import (
+    edit,
+    make_forms_disagree,
+    truncate,
+    write_amos,
+    write_nnunet,
+    write_totalsegmentator,
+)
 
 import fedgin
-from config import Config
-from data import CachedVolume, load_case, make_volume, normalize
-from datasets import ORGANS, DataError, find_cases
-from hospitals import (
+from data import make_volume, normalize
+from scans.cache import CachedVolume
+from scans.cases import PreparedCase, load_case
+from scans.files import DataError
+from scans.layouts import ORGANS, find_cases
+from scans.phantom import SPACING, make_phantom
+from study import hospitals as hospitals_module
+from study.config import Config
+from study.hospitals import (
     VAL_CASES,
     Hospital,
     find_sources,
     load_hospitals,
     record,
     validation_cases,
-    warn_of_copies,
 )
-from phantom import phantom
 
 TINY = ["--rounds", "1", "--local-steps", "1", "--batch-size", "2"]
 TINY += ["--gin-probability", "1"]
@@ -43,14 +55,14 @@ def on_phantoms(seed, **settings):
 
 
 def on_scans(out, **settings):
-    """Hospitals and what was left out; folders given by ct, mri and test are lists of paths."""
+    """Hospitals, and what of them is left out or odd; ct, mri and test are lists of paths."""
     folders = {m: tuple(map(str, settings.pop(m, ()))) for m in ("ct", "mri", "test")}
-    by_seed, left_out = load_hospitals(Config(out=str(out), spacing=12.0, **folders, **settings))
-    return by_seed[42], left_out
+    by_seed, notes = load_hospitals(Config(out=str(out), spacing=12.0, **folders, **settings))
+    return by_seed[42], [note for note in notes if not note.endswith(" are free")]
 
 
 def held(hospital):
-    return {split: sorted(c.id for c in getattr(hospital, split)) for split in SPLITS}
+    return {split: sorted(c.volume.id for c in getattr(hospital, split)) for split in SPLITS}
 
 
 # ---------------------------------------------------------------------------------------- phantoms
@@ -62,12 +74,15 @@ def test_phantoms_make_a_hospital_of_each_modality():
         assert (hospital.name, hospital.modality) == (modality, modality)
         assert [len(getattr(hospital, split)) for split in SPLITS] == [12, 4, 8]
         cases = [case for split in SPLITS for case in getattr(hospital, split)]
-        assert {case.modality for case in cases} == {modality}
-        for index, case in enumerate(cases):
-            image, labels = phantom(5, modality, index)
-            np.testing.assert_array_equal(case.labels, labels)
-            np.testing.assert_array_equal(case.image, normalize(image, modality))
-            assert case.labelled.all()
+        assert {case.volume.modality for case in cases} == {modality}
+        for index, (volume, read_target, files, *_) in enumerate(cases):
+            image, labels = make_phantom(5, modality, index)
+            np.testing.assert_array_equal(volume.labels, labels)
+            np.testing.assert_array_equal(volume.image, normalize(image, modality))
+            assert volume.labelled.all()
+            target, spacing = read_target()
+            np.testing.assert_array_equal(target, labels)
+            assert (spacing, files) == ((SPACING,) * 3, [])
 
 
 def test_sites_deal_the_same_cases_out():
@@ -76,10 +91,9 @@ def test_sites_deal_the_same_cases_out():
     assert [site.name for site in sites] == ["mri-1", "mri-2", "mri-3", "ct-1", "ct-2", "ct-3"]
     for hospital in whole:
         for split in SPLITS:
-            dealt = [
-                c.id for s in sites if s.modality == hospital.modality for c in getattr(s, split)
-            ]
-            assert sorted(dealt) == [case.id for case in getattr(hospital, split)]
+            own = [site for site in sites if site.modality == hospital.modality]
+            dealt = [case.volume.id for site in own for case in getattr(site, split)]
+            assert sorted(dealt) == [case.volume.id for case in getattr(hospital, split)]
     assert {len(site.train) for site in sites} == {4}
     with pytest.raises(DataError, match="--sites 13: mri has 12 training cases, too few"):
         on_phantoms(1, sites=13)
@@ -87,27 +101,29 @@ def test_sites_deal_the_same_cases_out():
 
 def test_organs_are_renumbered():
     [mri, _] = on_phantoms(5, organs=("spleen", "liver"))
-    labels = phantom(5, "mri", 0)[1]
-    np.testing.assert_array_equal(mri.train[0].labels == 1, labels == 3)
-    np.testing.assert_array_equal(mri.train[0].labels == 2, labels == 1)
+    labels = make_phantom(5, "mri", 0)[1]
+    np.testing.assert_array_equal(mri.train[0].volume.labels == 1, labels == 3)
+    np.testing.assert_array_equal(mri.train[0].volume.labels == 2, labels == 1)
 
 
 def test_each_seed_has_phantoms_of_its_own():
     by_seed, _ = load_hospitals(Config(seeds=(1, 2)))
     assert list(by_seed) == [1, 2]
     for seed, (mri, _, other) in by_seed.items():
-        np.testing.assert_array_equal(mri.test[7].labels, phantom(seed, "mri", 23)[1])
-        np.testing.assert_array_equal(other.test[8].labels, phantom(seed, "ct", 16, "other")[1])
+        np.testing.assert_array_equal(mri.test[7].volume.labels, make_phantom(seed, "mri", 23)[1])
+        labels = make_phantom(seed, "ct", 16, "other")[1]
+        np.testing.assert_array_equal(other.test[8].volume.labels, labels)
 
 
 def test_phantoms_of_another_scanner_are_tested_on_only():
     *_, other = load_hospitals(Config(seeds=(1,)))[0][1]
     assert (other.name, other.modality, other.train, other.val) == ("other-scanner", "", [], [])
-    assert [case.modality for case in other.test] == ["mri"] * 8 + ["ct"] * 8
-    for case, index in zip(other.test, [*range(16, 24)] * 2, strict=True):
-        image, labels = phantom(1, case.modality, index, "other")
-        np.testing.assert_array_equal(case.image, normalize(image, case.modality))
-        np.testing.assert_array_equal(case.labels, labels)
+    volumes = [case.volume for case in other.test]
+    assert [volume.modality for volume in volumes] == ["mri"] * 8 + ["ct"] * 8
+    for volume, index in zip(volumes, [*range(16, 24)] * 2, strict=True):
+        image, labels = make_phantom(1, volume.modality, index, "other")
+        np.testing.assert_array_equal(volume.image, normalize(image, volume.modality))
+        np.testing.assert_array_equal(volume.labels, labels)
 
 
 # ------------------------------------------------------------------------------------------- scans
@@ -124,23 +140,35 @@ def test_folders_become_hospitals_by_their_own_splits(tmp_path, ct_folder, mri_f
     assert ids == [f"case_00{i}" for i in range(4)]
     for hospital, folder in ((mri, mri_folder), (ct, ct_folder)):
         cases = {case.id: case for case in find_cases(folder)}
-        for volume in (v for split in SPLITS for v in getattr(hospital, split)):
+        for volume, read_target, files, *_ in (c for s in SPLITS for c in getattr(hospital, s)):
             expected = load_case(cases[volume.id], ORGANS, 12.0)
-            assert (volume.case, volume.modality) == (cases[volume.id], hospital.modality)
-            np.testing.assert_array_equal(volume.image, expected.image)
-            np.testing.assert_array_equal(volume.labels, expected.labels)
+            assert (files, volume.modality) == (expected.files, hospital.modality)
+            np.testing.assert_array_equal(volume.image, expected.volume.image)
+            np.testing.assert_array_equal(volume.labels, expected.volume.labels)
+            np.testing.assert_array_equal(read_target()[0], expected.read_target()[0])
 
 
 def test_the_cache_lies_beside_the_results_unless_none_is_wanted(tmp_path, ct_folder):
     (ct,), _ = on_scans(tmp_path / "run/out", ct=[ct_folder])
-    assert all(isinstance(case, CachedVolume) for case in ct.train)
-    assert len(list((tmp_path / "run/cache").iterdir())) == 4
+    assert all(isinstance(case.volume, CachedVolume) for case in ct.train)
+    made = {path.name for path in (tmp_path / "run/cache").iterdir()}
+    assert len(made - {"lock"}) == 4
     (plain,), _ = on_scans(tmp_path / "other/out", ct=[ct_folder], no_cache=True)
-    assert not any(isinstance(case, CachedVolume) for case in plain.train)
+    assert not any(isinstance(case.volume, CachedVolume) for case in plain.train)
     assert not (tmp_path / "other").exists()
     assert held(plain) == held(ct)
     for a, b in zip(ct.train, plain.train, strict=True):
-        np.testing.assert_array_equal(a.image, b.image)
+        np.testing.assert_array_equal(a.volume.image, b.volume.image)
+
+
+def test_the_space_that_the_cache_takes_is_the_first_note(tmp_path, ct_folder, capsys):
+    settings = {"spacing": 12.0, "out": str(tmp_path / "out"), "ct": (str(ct_folder),)}
+    first, *others = load_hospitals(Config(**settings))[1]
+    assert first.startswith("4 preprocessed scans take 0.00")
+    assert others == []
+    assert load_hospitals(Config(**settings))[1] == []  # they are there by now
+    assert load_hospitals(Config(**settings, no_cache=True))[1] == []
+    assert capsys.readouterr().out == ""
 
 
 def test_seeds_split_the_same_scans_differently(tmp_path):
@@ -248,6 +276,27 @@ def test_a_bad_case_is_named_or_left_out(tmp_path, ct_folder, mri_folder):
     ]
 
 
+def test_a_modality_that_an_arm_needs_must_be_there(tmp_path, ct_folder, monkeypatch):
+    """Before a scan is read where the files tell it, and after that where they do not."""
+    settings = {"ct": (str(ct_folder),), "out": str(tmp_path / "out"), "spacing": 12.0}
+    message = (
+        "there are no MRI training cases, and an arm needs some; give folders with --mri or "
+        "choose other --arms$"
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(hospitals_module, "load_cases", lambda *_: pytest.fail("is read"))
+        with pytest.raises(DataError, match=f"^{message}"):
+            load_hospitals(Config(**settings), needed={"ct", "mri"})
+    assert load_hospitals(Config(**settings), needed={"ct"})[0].keys() == {42}
+    empty = write_totalsegmentator(tmp_path / "mri", "mri", 2, ["train", "val"])
+    for mask in (empty / "s0000/segmentations").iterdir():
+        edit(mask, np.zeros((32, 32, 32), np.uint8))
+    left_out = "left out: mri, train: 1 scans without any organ"
+    with pytest.raises(DataError, match=f"^{left_out}\n{message}"):
+        load_hospitals(Config(**settings, mri=(str(empty),)), needed={"mri"})
+    assert load_hospitals(Config(), needed={"mri", "ct"})[0].keys() == {42}
+
+
 # ---------------------------------------------------------------------------------- partial labels
 
 
@@ -258,10 +307,10 @@ def test_organs_that_a_folder_lacks_need_partial_labels(tmp_path, ct_folder):
     with pytest.raises(DataError, match="use --organs liver spleen or --partial-labels"):
         on_scans(tmp_path / "out", **folders)
     (mri, ct), _ = on_scans(tmp_path / "out", **folders, partial_labels=True)
-    assert mri.train[0].labelled.tolist() == [True, True, False, True, False, False]
-    assert ct.train[0].labelled.all()
+    assert mri.train[0].volume.labelled.tolist() == [True, True, False, True, False, False]
+    assert ct.train[0].volume.labelled.all()
     (mri, _), _ = on_scans(tmp_path / "out", **folders, organs=("spleen", "liver"))
-    assert mri.train[0].labelled.all()
+    assert mri.train[0].volume.labelled.all()
 
 
 def test_totalsegmentators_masks_may_be_partial_too(tmp_path, mri_folder):
@@ -270,8 +319,8 @@ def test_totalsegmentators_masks_may_be_partial_too(tmp_path, mri_folder):
     with pytest.raises(DataError, match="use --organs liver kidneys or --partial-labels"):
         on_scans(tmp_path / "out", **folders)
     (_, ct), _ = on_scans(tmp_path / "out", **folders, partial_labels=True)
-    assert ct.train[0].labelled.tolist() == [True, True, True, False, False, False]
-    assert set(np.unique(ct.train[0].labels)) == {0, 1, 2}
+    assert ct.train[0].volume.labelled.tolist() == [True, True, True, False, False, False]
+    assert set(np.unique(ct.train[0].volume.labels)) == {0, 1, 2}
 
 
 def test_other_hospitals_may_label_what_these_lack_unless_they_are_alone(tmp_path):
@@ -281,7 +330,14 @@ def test_other_hospitals_may_label_what_these_lack_unless_they_are_alone(tmp_pat
     with pytest.raises(DataError, match="not one folder labels .*use --organs liver spleen"):
         load_hospitals(Config(**settings, partial_labels=True))
     by_seed, _ = load_hospitals(Config(**settings, partial_labels=True), alone=False)
-    assert by_seed[42][0].train[0].labelled.tolist() == [True, True, False, True, False, False]
+    assert by_seed[42][0].train[0].volume.labelled.tolist() == [
+        True,
+        True,
+        False,
+        True,
+        False,
+        False,
+    ]
     with pytest.raises(DataError, match="not every folder labels"):
         load_hospitals(Config(**settings), alone=False)
 
@@ -295,34 +351,47 @@ def test_the_record_says_which_case_went_where_and_what_its_files_were(tmp_path,
     settings = {"spacing": 12.0, "out": str(tmp_path / "out"), "mri": (str(mri),)}
     config = Config(seeds=(1, 2), **settings)
     by_seed, _ = load_hospitals(config)
-    found = record(by_seed, config.organs)
-    assert found.keys() == {"mri"}
-    for seed in (1, 2):
-        splits = {part: sorted(ids) for part, ids in found["mri"]["splits"][seed].items()}
-        assert splits == held(by_seed[seed][0])
+    found = record(by_seed)
+    assert [(each["hospital"], each["seed"]) for each in found] == [("mri", 1), ("mri", 2)]
+    for each in found:
+        splits = {part: sorted(ids) for part, ids in each["cases"].items()}
+        assert splits == held(by_seed[each["seed"]][0])
     files = [mri / f"{part}/case_002{end}.nii.gz" for part, end in (("imagesTr", "_0000"),)]
     files.append(mri / "labelsTr/case_002.nii.gz")
-    assert sorted(found["mri"]["files"]) == [f"case_00{i}" for i in range(4)]
+    assert sorted(found[0]["files"]) == [f"case_00{i}" for i in range(4)]
+    assert found[1]["files"] == found[0]["files"]
     stamps = [
         (path.stat().st_size, zlib.crc32(gzip.decompress(path.read_bytes()))) for path in files
     ]
-    assert found["mri"]["files"]["case_002"] == stamps
+    assert found[0]["files"]["case_002"] == stamps
     truncate(files[0])
-    assert record(by_seed, config.organs)["mri"]["files"]["case_002"] != stamps
+    assert record(by_seed) == found  # of what was read
+    by_seed, _ = load_hospitals(dataclasses.replace(config, skip_bad=True, no_cache=True))
+    assert sorted(record(by_seed)[0]["files"]) == ["case_000", "case_001", "case_003"]
+    shutil.copy(mri / "imagesTr/case_001_0000.nii.gz", files[0])
+    by_seed, _ = load_hospitals(config)
+    assert record(by_seed)[0]["files"]["case_002"] != stamps
+    assert record(by_seed)[0]["files"]["case_001"] == found[0]["files"]["case_001"]
 
 
 def test_the_record_of_phantoms_has_no_files():
-    found = record({1: on_phantoms(1)}, ORGANS)
-    assert found.keys() == {"mri", "ct"}
-    assert found["ct"]["files"] == {}
-    assert found["ct"]["splits"][1]["val"] == [f"phantom{i}" for i in range(12, 16)]
+    _, ct = record({1: on_phantoms(1)})
+    assert (ct["hospital"], ct["seed"]) == ("ct", 1)
+    assert ct["cases"]["val"] == [f"phantom{i}" for i in range(12, 16)]
+    assert ct["files"] == {f"phantom{i:02d}": [] for i in range(24)}
 
 
 # --------------------------------------------------------------------------- runs on such folders
 
 
-def read_results(out):
-    return json.loads((out / "results.json").read_text())["results"]
+def read_scores(out):
+    with (out / "scores.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def read_cases(out, name):
+    """Those of a hospital by split, as the run has recorded them."""
+    return json.loads((out / f"hospitals/{name}-seed42.json").read_text())["cases"]
 
 
 def test_a_bad_case_stops_the_run_or_is_left_out(tmp_path, ct_folder, mri_folder, capsys):
@@ -336,7 +405,7 @@ def test_a_bad_case_stops_the_run_or_is_left_out(tmp_path, ct_folder, mri_folder
     assert not (tmp_path / "out").exists()
     assert run(*args, "--skip-bad") == 0
     assert "left out: " in capsys.readouterr().out
-    splits = json.loads((tmp_path / "out/hospitals/mri.json").read_text())["splits"]["42"]
+    splits = read_cases(tmp_path / "out", "mri")
     assert sorted(id_ for part in splits.values() for id_ in part) == [
         "case_000",
         "case_002",
@@ -359,12 +428,13 @@ def test_partial_labels_train_each_hospital_on_what_it_has(tmp_path, ct_folder, 
     assert run(*args) == 2
     assert "--partial-labels" in capsys.readouterr().err
     assert run(*args, "--partial-labels") == 0
-    results = read_results(tmp_path / "out")
-    assert {result["modality"] for result in results} == {"mri", "ct"}
-    for result in results:
-        outcomes = {organ: s["outcome"] == "unlabelled" for organ, s in result["scores"].items()}
-        lacking = result["modality"] == "mri"
-        assert outcomes == {o: lacking and o not in ("liver", "spleen") for o in ORGANS}
+    scores = read_scores(tmp_path / "out")
+    assert {score["modality"] for score in scores} == {"mri", "ct"}
+    assert {score["organ"] for score in scores} == set(ORGANS)
+    for score in scores:
+        lacking = score["modality"] == "mri" and score["organ"] not in ("liver", "spleen")
+        assert (score["outcome"] == "unlabelled") == lacking
+        assert (score["dice"] == "") == (score["outcome"] in ("unlabelled", "absent"))
     assert "– / 0" in (tmp_path / "out/results.md").read_text()
 
 
@@ -373,17 +443,14 @@ def test_amos_is_the_test_set_of_both(tmp_path, ct_folder, mri_folder):
     write_amos(tmp_path / "amos", "mri", 2)
     args = ["--ct", ct_folder, "--mri", mri_folder, "--test", tmp_path / "amos", "--arms", "fl"]
     assert run(*args, "--out", tmp_path / "out") == 0
-    results = read_results(tmp_path / "out")
-    assert {(r["hospital"], r["modality"], r["case"]) for r in results} == {
-        ("amos", "ct", "amos_0001"),
-        ("amos", "ct", "amos_0002"),
-        ("amos", "mri", "amos_0501"),
-        ("amos", "mri", "amos_0502"),
+    scores = read_scores(tmp_path / "out")
+    assert {(s["hospital"], s["scanner"], s["modality"], s["case"]) for s in scores} == {
+        ("amos", "other", "ct", "amos_0001"),
+        ("amos", "other", "ct", "amos_0002"),
+        ("amos", "other", "mri", "amos_0501"),
+        ("amos", "other", "mri", "amos_0502"),
     }
-    amos, ct_set = (
-        json.loads((tmp_path / f"out/hospitals/{name}.json").read_text())["splits"]["42"]
-        for name in ("amos", "ct_set")
-    )
+    amos, ct_set = (read_cases(tmp_path / "out", name) for name in ("amos", "ct_set"))
     assert amos["train"] == amos["val"] == ct_set["test"] == []
 
 
@@ -394,14 +461,10 @@ def test_scans_without_any_organ_are_tested_on_only(tmp_path, mri_folder):
         for mask in (ct / id_ / "segmentations").iterdir():
             edit(mask, np.zeros((32, 32, 32), np.uint8))
     config = Config(ct=(str(ct),), mri=(str(mri_folder),), spacing=12, cache=str(tmp_path / "c"))
-    by_seed, left_out = load_hospitals(config)
+    by_seed, (_, *left_out) = load_hospitals(config)
     [hospital] = [h for h in by_seed[42] if h.modality == "ct"]
-    parts = hospital.train, hospital.val, hospital.test
-    assert [[case.id for case in part] for part in parts] == [
-        ["s0001", "s0002"],
-        ["s0004"],
-        ["s0005"],
-    ]
+    expected = {"train": ["s0001", "s0002"], "val": ["s0004"], "test": ["s0005"]}
+    assert held(hospital) == expected
     assert left_out == [
         "left out: ct, train: 1 scans without any organ",
         "left out: ct, val: 1 scans without any organ",
@@ -418,43 +481,170 @@ def held_by(*organs):
         labels = np.zeros((4, 4, 4), np.uint8)
         labels[0, 0, : len(found)] = found
         known = np.ones(6, dtype=bool)
-        cases.append(make_volume(f"case{n}", "ct", labels.astype(np.float32), labels, known))
+        volume = make_volume(f"case{n}", "ct", labels.astype(np.float32), labels, known)
+        cases.append(PreparedCase(volume, lambda: pytest.fail("is not asked for"), []))
     return Hospital("a", "ct", cases[:1], cases, [])
+
+
+def ids(cases):
+    return [int(case.volume.id[4:]) for case in cases]
 
 
 def test_a_round_is_validated_on_a_few_cases_that_hold_every_organ():
     """Of 40 cases with a liver, one each has a spleen and a pancreas, and one is empty."""
     hospital = held_by((3,), *[(1,)] * 38, (1, 4), ())
     for seed in range(5):
-        chosen = [int(case.id[4:]) for case in validation_cases(seed, [hospital])]
+        chosen = ids(validation_cases(seed, [hospital], ["ct"]))
         assert len(chosen) == VAL_CASES == 8
         assert chosen == sorted(chosen)
         assert {0, 39} < set(chosen)
         assert 40 not in chosen
-        assert [int(case.id[4:]) for case in validation_cases(seed, [hospital])] == chosen
-    others = {tuple(case.id for case in validation_cases(s, [hospital])) for s in range(5)}
+        assert ids(validation_cases(seed, [hospital], ["mri", "ct"])) == chosen
+    others = {tuple(ids(validation_cases(seed, [hospital], ["ct"]))) for seed in range(5)}
     assert len(others) == 5
 
 
 def test_few_validation_cases_are_all_taken_and_training_cases_stand_in_for_none():
     few = held_by((1,), (2,), ())
-    assert validation_cases(1, [few, few]) == [*few.val, *few.val]
-    assert validation_cases(1, [few._replace(val=[])]) == few.train
-    assert validation_cases(1, [few._replace(val=[], train=[])]) == []
+    assert validation_cases(1, [few, few], ["ct"]) == [*few.val, *few.val]
+    assert validation_cases(1, [few._replace(val=[])], ["ct"]) == few.train
+    assert validation_cases(1, [few._replace(val=[], train=[])], ["ct"]) == []
 
 
-def test_copies_of_training_scans_in_a_test_folder_are_warned_of(tmp_path, ct_folder, mri_folder):
+def test_who_takes_no_part_does_not_validate():
+    ct = held_by((1,), (2,))
+    mri, tested = ct._replace(modality="mri", val=ct.val[1:]), ct._replace(modality="")
+    everyone = [mri, ct, tested]
+    assert validation_cases(1, everyone, ["mri"]) == mri.val
+    assert validation_cases(1, everyone, ["ct"]) == ct.val
+    assert validation_cases(1, everyone, ["mri", "ct"]) == [*mri.val, *ct.val]
+    assert validation_cases(1, everyone, []) == []
+
+
+def copies(tmp_path, **folders):
+    """What is said of copies."""
+    notes = on_scans(tmp_path / "out", **folders)[1]
+    assert all(note.startswith("WARNING: ") for note in notes)
+    return [note.removeprefix("WARNING: ") for note in notes if "copy" in note]
+
+
+@pytest.mark.parametrize("no_cache", [False, True])
+def test_copies_of_training_scans_in_a_test_folder_are_warned_of(
+    no_cache, tmp_path, ct_folder, mri_folder
+):
     """By content: under another name, but not if a voxel differs."""
     test = write_nnunet(tmp_path / "held_out", "ct", 3, seed=8)
-    folders = {"ct": (str(ct_folder),), "mri": (str(mri_folder),), "test": (str(test),)}
-    sources = find_sources(Config(**folders, spacing=12.0))
-    assert warn_of_copies(sources) == []
+    folders = {"ct": [ct_folder], "mri": [mri_folder], "test": [test], "no_cache": no_cache}
+    assert copies(tmp_path, **folders) == []
     scan = test / "imagesTr/case_001_0000.nii.gz"
     shutil.copy(ct_folder / "s0002/ct.nii.gz", scan)
-    found = warn_of_copies(sources)
-    copied = f"{scan} is a copy of {ct_folder}/s0002/ct.nii.gz"
-    assert found == [f"WARNING: what is trained on is tested on: {copied}"]
+    assert copies(tmp_path, **folders) == [
+        "1 scans are there twice, and what is trained on may be tested on: "
+        f"{scan} is a copy of {ct_folder}/s0002/ct.nii.gz"
+    ]
     array = np.asarray(nibabel.load(scan).dataobj).copy()
-    array[0, 0, 0] += 1
+    array[16, 16, 16] += 9
     edit(scan, array)
-    assert warn_of_copies(sources) == []
+    assert copies(tmp_path, **folders) == []
+    shutil.copy(scan, test / "imagesTr/case_002_0000.nii.gz")  # nobody trains on either
+    assert copies(tmp_path, **folders) == []
+
+
+def compress_again(content):
+    return gzip.compress(gzip.decompress(content), 1)
+
+
+def write_other_header(content):
+    file = nibabel.Nifti1Image.from_bytes(gzip.decompress(content))
+    file.header["descrip"] = b"from elsewhere"
+    return gzip.compress(file.to_bytes())
+
+
+@pytest.mark.parametrize("change", [bytes, compress_again, write_other_header])
+def test_copies_in_one_folder_and_in_two_are_warned_of(change, tmp_path):
+    a = write_totalsegmentator(tmp_path / "a", "ct", 4)
+    b = write_totalsegmentator(tmp_path / "b", "ct", 3, seed=5)
+    scan = a / "s0001/ct.nii.gz"
+    expected = []
+    for copy in (a / "s0003/ct.nii.gz", b / "s0000/ct.nii.gz"):
+        copy.write_bytes(change(scan.read_bytes()))
+        expected.append(f"{copy} is a copy of {scan}")
+    [note] = copies(tmp_path, ct=[a, b])
+    what = "2 scans are there twice, and what is trained on may be tested on"
+    assert note == f"{what}: {'; '.join(expected)}"
+
+
+def test_a_copy_may_be_compressed_or_not_and_many_are_counted(tmp_path):
+    folders = []
+    for name, ending in (("a", ".nii.gz"), ("b", ".nii")):
+        folder = write_nnunet(tmp_path / name, "mri", 7)
+        about = json.loads((folder / "dataset.json").read_text()) | {"file_ending": ending}
+        (folder / "dataset.json").write_text(json.dumps(about))
+        folders.append(folder)
+    for path in list(folders[1].rglob("*.nii.gz")):
+        path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
+        path.unlink()
+    [note] = copies(tmp_path, mri=folders)
+    assert note.startswith("7 scans are there twice, ")
+    assert f"{folders[1]}/imagesTr/case_000_0000.nii is a copy of {folders[0]}/imagesTr" in note
+    assert note.count("is a copy of") == 5
+    assert note.endswith("; and 2 more")
+
+
+# --------------------------------------------------------- what is said before training, or instead
+
+
+def test_what_was_left_out_is_said_with_the_refusal_that_follows(tmp_path, ct_folder, capsys):
+    mri = write_nnunet(tmp_path / "mri", "mri", 3)
+    for path in (mri / "imagesTr").iterdir():
+        truncate(path)
+    args = ["--ct", ct_folder, "--mri", mri, "--skip-bad", "--arms", "fl", "--out", tmp_path / "o"]
+    assert run(*args) == 2
+    *left_out, refusal = capsys.readouterr().err.removeprefix("fedgin.py: ").splitlines()
+    for line, path in zip(left_out, sorted((mri / "imagesTr").iterdir()), strict=True):
+        assert line.startswith(f"left out: {path}: cannot be read")
+    assert refusal.startswith("there are no MRI training cases, and an arm needs some")
+    mri = write_nnunet(tmp_path / "mri", "mri", 3)
+    for path in sorted((mri / "labelsTr").iterdir()):
+        edit(path, np.zeros((32, 32, 32), np.uint8))
+    assert run(*args) == 2
+    assert "left out: mri, train: 2 scans without any organ" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seeds", [(1,), (1, 2, 3)])
+def test_too_few_cases_to_choose_a_round_or_to_report_are_told_once(seeds, tmp_path):
+    mri = write_totalsegmentator(tmp_path / "mri", "mri", 4, ["train"] + ["val"] * 2 + ["test"])
+    ct = write_totalsegmentator(tmp_path / "ct", "ct", 5, ["train"] + ["val"] * 3 + ["test"])
+    settings = {"spacing": 12.0, "cache": str(tmp_path / "c"), "seeds": seeds}
+    config = Config(mri=(str(mri),), ct=(str(ct),), **settings)
+
+    def notes(*args, **more):
+        return [n for n in load_hospitals(*args, **more)[1] if not n.endswith(" are free")]
+
+    few = (
+        "WARNING: fewer than three validation cases of MRI: the choice of a round by them is chance"
+    )
+    assert notes(config, ["mri", "ct"]) == [few]
+    assert notes(config, ["ct"]) == []
+    assert notes(config, ["mri"], alone=False) == []  # others validate too
+    one = write_totalsegmentator(tmp_path / "one", "ct", 1)
+    assert notes(Config(ct=(str(one),), **settings), ["ct"]) == [
+        few.replace("MRI", "CT"),
+        "WARNING: no hospital has a test case, so the report will be empty; give a folder with "
+        "--test, or three cases or more",
+    ]
+
+
+@pytest.mark.parametrize("no_cache", [False, True])
+def test_what_may_be_wrong_with_cases_is_said_by_name(no_cache, tmp_path):
+    """Each time, from the cache too."""
+    mri = write_nnunet(tmp_path / "mri", "mri", 6)
+    scans = [mri / f"imagesTr/case_{i:03d}_0000.nii.gz" for i in range(6)]
+    for scan in scans[1:3]:
+        make_forms_disagree(scan)
+    config = {"mri": [mri], "no_cache": no_cache}
+    for _ in range(2):
+        assert on_scans(tmp_path / "out", **config)[1] == [
+            f"WARNING: {scans[1]}, {scans[2]}: its sform and qform put the volume at different "
+            "places; the sform is used"
+        ]

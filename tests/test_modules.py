@@ -1,4 +1,4 @@
-"""Each module alone: importing it does nothing, and its own snippet runs where nothing else is."""
+"""The house: who imports whom, how long all is, and what runs where nothing else is."""
 
 import ast
 import re
@@ -6,24 +6,57 @@ import subprocess
 import sys
 from pathlib import Path
 
-import monai.transforms
 import pytest
-import torch
-from torch.utils.data import DataLoader, TensorDataset
 
 ROOT = Path(__file__).parent.parent
-MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
+ROOMS = ("scans", "study", "scripts")
+GROUND = ("gin", "unet3d", "federated", "data", "evaluate")
+BELOW = {  # what the modules of a room may import, beside those of their own room
+    "": (),
+    "scans": GROUND,
+    "study": (*GROUND, "scans"),
+    "fedgin": (*GROUND, "scans", "study"),
+    "scripts": (*GROUND, "scans", "study", "fedgin"),
+}
 ALONE = {  # what they may import, beside the standard library
     "gin": {"torch"},
     "unet3d": {"torch"},
     "federated": {"torch"},
-    "loss": {"torch"},
-    "phantom": {"numpy", "scipy"},
+    "data": {"torch", "numpy"},
     "evaluate": {"torch", "numpy", "scipy"},
+    "scans.phantom": {"numpy", "scipy"},
 }
 
+
+def find_modules():
+    """{dotted name: path} of all modules but the packages' own __init__.py."""
+    paths = [*ROOT.glob("*.py"), *(path for room in ROOMS for path in ROOT.glob(f"{room}/**/*.py"))]
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in paths}
+    return {name: path for name, path in sorted(names.items()) if path.name != "__init__.py"}
+
+
+MODULES = find_modules()
+TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
+
+
+def imported(name):
+    """Names of modules that a module imports, wherever in it, as far as each is a module."""
+    found = set()
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}: a relative import"
+            for alias in node.names:
+                below = f"{node.module}.{alias.name}"
+                found.add(below if below in MODULES else node.module)
+    return found
+
+
+GRAPH = {name: imported(name) & MODULES.keys() for name in MODULES}
+
 CHECK = """
-import random, pathlib
+import random, pathlib, sys
 import numpy, torch
 states = random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
 before = sorted(pathlib.Path().rglob("*"))
@@ -31,6 +64,7 @@ import {modules}
 assert states[:2] == (random.getstate(), numpy.random.get_state()[1].tolist())
 assert states[2] == torch.get_rng_state().tolist()
 assert before == sorted(pathlib.Path().rglob("*"))
+assert "matplotlib" not in sys.modules
 """
 
 
@@ -40,64 +74,142 @@ def python(code, cwd, path=ROOT):
     return subprocess.run(args, cwd=cwd, env=environment, capture_output=True, text=True)
 
 
+# -------------------------------------------------------------------------------------- the house
+
+
+def test_the_root_has_six_modules():
+    root = {path.name for path in ROOT.glob("*.py")}
+    assert root == {f"{name}.py" for name in ("fedgin", *GROUND)}
+
+
+def room_of(name):
+    return "" if name in GROUND else name.split(".")[0]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_run_downwards_only(name):
+    room = room_of(name)
+    for other in GRAPH[name]:
+        own = room in ROOMS and room_of(other) == room
+        assert own or other in BELOW[room] or room_of(other) in BELOW[room], other
+
+
+def test_the_rule_for_imports_can_be_broken():
+    """Each of these would be noticed."""
+    for room, others in {
+        "": ("gin", "scans.files", "study.config", "fedgin"),
+        "scans": ("study.config", "fedgin", "scripts.check"),
+        "study": ("fedgin", "scripts.check"),
+        "fedgin": ("scripts.check",),
+    }.items():
+        for other in others:
+            assert other in MODULES
+            assert other not in BELOW[room]
+            assert room_of(other) not in BELOW[room]
+
+
+def test_settings_are_read_by_fedgin_study_and_scripts_only():
+    readers = {name for name, others in GRAPH.items() if "study.config" in others}
+    assert {room_of(name) for name in readers} == {"fedgin", "study", "scripts"}
+
+
+def test_no_import_leads_back():
+    left = dict(GRAPH)
+    while left:
+        free = {name for name, others in left.items() if not others & left.keys()}
+        assert free, f"a cycle in {sorted(left)}"
+        left = {name: others for name, others in left.items() if name not in free}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_stand_at_the_top(name):
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.ClassDef):
+            inner = [n for n in ast.walk(node) if isinstance(n, ast.Import | ast.ImportFrom)]
+            assert inner == [], f"line {node.lineno}"
+    called = {node.id for node in ast.walk(TREES[name]) if isinstance(node, ast.Name)}
+    assert not called & {"__import__", "importlib", "exec", "eval"}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_it_has_tests_of_its_own(name):
+    assert (ROOT / f"tests/test_{name.split('.')[-1]}.py").is_file()
+
+
+def test_no_two_modules_have_one_name():
+    """Their tests would have."""
+    names = [name.split(".")[-1] for name in MODULES]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_package_is_a_docstring(room):
+    [statement] = ast.parse((ROOT / room / "__init__.py").read_text()).body
+    assert isinstance(statement, ast.Expr)
+    assert isinstance(statement.value.value, str)
+    assert not [path for path in (ROOT / room).iterdir() if path.is_dir() and "__" not in path.name]
+
+
+# ------------------------------------------------------------------------------------------- sizes
+
+
+def count(path):
+    return len(path.read_text().splitlines())
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_files_and_functions_can_be_read_at_a_sitting(name):
+    assert count(MODULES[name]) <= (330 if name == "fedgin" else 320)
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno - node.lineno + 1 <= 40, node.name
+
+
+def test_the_method_stays_small():
+    assert sum(count(MODULES[name]) for name in ("fedgin", *GROUND)) <= 1250
+
+
+# ------------------------------------------------------------------------------------------- alone
+
+
 def test_imports_print_write_and_draw_nothing(tmp_path):
     done = python(CHECK.format(modules=", ".join(MODULES)), tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_it_has_tests_of_its_own(module):
-    assert (ROOT / f"tests/test_{module}.py").is_file()
+@pytest.mark.parametrize("name", ALONE)
+def test_imports_no_sibling_and_no_package_but_its_own_few(name):
+    names = imported(name)
+    assert {name.split(".")[0] for name in names} - sys.stdlib_module_names == ALONE[name]
 
 
-@pytest.mark.parametrize("module", ALONE)
-def test_imports_no_sibling_and_no_package_but_its_own_few(module):
-    tree = ast.parse((ROOT / f"{module}.py").read_text())
-    names = {a.name for node in tree.body if isinstance(node, ast.Import) for a in node.names}
-    names |= {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
-    assert {name.split(".")[0] for name in names} - sys.stdlib_module_names == ALONE[module]
-
-
-@pytest.mark.parametrize("module", ALONE)
-def test_its_snippet_runs_in_an_empty_folder(module, tmp_path):
-    text = (ROOT / f"{module}.py").read_text()
-    docstring = ast.get_docstring(ast.parse(text), clean=False)
+@pytest.mark.parametrize("name", ALONE)
+def test_its_snippet_runs_in_an_empty_folder(name, tmp_path):
+    """As a file that somebody has copied there."""
+    docstring = ast.get_docstring(TREES[name], clean=False)
     [snippet] = re.findall(r"\n\n((?:    import|    from) .*\n(?:    .*\n)+)", docstring)
-    assert len(snippet.splitlines()) <= 5
-    (tmp_path / f"{module}.py").write_text(text)
-    done = python("\n".join(line[4:] for line in snippet.splitlines()), tmp_path, path=tmp_path)
+    lines = [line[4:].replace("scans.phantom", "phantom") for line in snippet.splitlines()]
+    assert len(lines) <= 8
+    alone = name.split(".")[-1]
+    assert any(line.startswith(f"from {alone} import ") for line in lines)
+    (tmp_path / f"{alone}.py").write_text(MODULES[name].read_text())
+    done = python("\n".join(lines), tmp_path, path=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
+    assert [path.name for path in tmp_path.iterdir()] == [f"{alone}.py"]
 
 
-def test_readmes_snippet_trains_an_arm_and_writes_nothing(tmp_path):
-    snippet, *_ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    quick = snippet.replace("local_steps=2", "local_steps=1, width=2, depth=2")
-    check = "print(len(state['history']), model.training, sorted(hospitals))"
-    done = python(f"{quick}\n{check}", tmp_path)
+@pytest.mark.parametrize("name", ALONE)
+def test_what_its_snippet_says_of_shapes_is_so(name, tmp_path):
+    """A tuple in a comment behind an assignment or a print is a shape."""
+    docstring = ast.get_docstring(TREES[name], clean=False)
+    [snippet] = re.findall(r"\n\n((?:    import|    from) .*\n(?:    .*\n)+)", docstring)
+    lines, said = [], 0
+    for line in (line[4:] for line in snippet.splitlines()):
+        lines.append(line)
+        told = re.fullmatch(r"(\w+)(?:, \w+)? = .*  # (\([\d, ]+\)).*", line)
+        if told:
+            said += 1
+            lines.append(f"assert tuple({told[1]}.shape) == {told[2]}, {told[1]}.shape")
+    assert said == {"gin": 1, "unet3d": 1, "evaluate": 1, "scans.phantom": 1}.get(name, 0)
+    done = python("\n".join(lines), tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    history, last = done.stdout.splitlines()
-    rounds = ast.literal_eval(history)
-    assert [row["round"] for row in rounds] == [1, 2]
-    assert all(row["loss mri"] > 0 < row["val_dice_ct"] for row in rounds)
-    assert last == "2 True [42]"
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_readmes_snippets_for_monai_and_a_data_loader():
-    readme = (ROOT / "README.md").read_text()
-    _, for_monai, for_loader = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    for snippet in (for_monai, for_loader):
-        assert len([line for line in snippet.splitlines() if line]) <= 3
-    names: dict = {"load": monai.transforms.Identityd("image")}
-    exec(for_monai, names)
-    image = torch.randn(1, 8, 8, 8)
-    redrawn = names["transform"]({"image": image, "label": image > 0})
-    assert redrawn["image"].shape == image.shape
-    assert not torch.allclose(redrawn["image"], image)
-    assert torch.equal(redrawn["label"], image > 0)
-    torch.testing.assert_close(redrawn["image"].norm(), image.norm(), rtol=1e-3, atol=0)
-    seen = []
-    loader = DataLoader(TensorDataset(torch.randn(4, 1, 8, 8, 8), torch.zeros(4)), batch_size=2)
-    exec(for_loader, {"loader": loader, "step": lambda images, labels: seen.append(images)})
-    assert [tuple(images.shape) for images in seen] == [(2, 1, 8, 8, 8)] * 2
-    assert not any(torch.allclose(a, b[0]) for a, b in zip(seen, loader, strict=True))

@@ -1,23 +1,36 @@
-"""Files in, volumes on a grid, files out: against nibabel, SciPy and geometry done by hand."""
+"""Files in, volumes, files out: against nibabel, SciPy and geometry done by hand."""
 
 import gzip
+import math
+import os
+import socket
+from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
+import SimpleITK
 import torch
-from conftest import UNREADABLE, awkward_affine, make_forms_disagree, save
+from conftest import (
+    TOTALSEGMENTATOR_MASKS,
+    UNREADABLE,
+    awkward_affine,
+    make_forms_disagree,
+    save,
+    truncate,
+    write_totalsegmentator,
+)
 from nibabel.affines import apply_affine
 from nibabel.filebasedimages import ImageFileError
 from scipy import ndimage
 
-import nifti
-from cases import read_case
-from data import load_case
-from datasets import ORGANS, TOTALSEGMENTATOR_MASKS, find_cases
+from data import resample_labels
 from evaluate import dice
-from nifti import read_nifti, resample_image, resample_labels, write_nifti
-from phantom import SIZE, phantom
+from scans import nifti
+from scans.cases import load_case, read_case
+from scans.layouts import ORGANS, find_cases
+from scans.nifti import grid_voxels, read_nifti, to_nifti
+from scans.phantom import SIZE, SPACING, make_phantom
 
 AWKWARD = [((1, 1, 1), (0, 1, 2)), ((-1, -1, 1), (0, 1, 2)), ((1, -1, -1), (2, 0, 1))]
 
@@ -25,6 +38,10 @@ AWKWARD = [((1, 1, 1), (0, 1, 2)), ((-1, -1, 1), (0, 1, 2)), ((1, -1, -1), (2, 0
 def noise(shape):
     rng = np.random.default_rng(0)
     return ndimage.gaussian_filter(rng.normal(size=shape), 1.5).astype(np.float32)
+
+
+def write_nifti(path, labels, scan):
+    path.write_bytes(to_nifti(labels, scan))
 
 
 def one_hot(labels, classes):
@@ -112,17 +129,37 @@ OF_VOXELS = ("truncated", "checksum", "NaN", "infinite")
 @pytest.mark.parametrize("way", [way for way in UNREADABLE if way not in OF_VOXELS])
 def test_a_header_of_no_scan_is_refused(way, tmp_path):
     spoil, message = UNREADABLE[way]
-    save(tmp_path / "scan.nii.gz", phantom(1, "ct", 0)[0])
+    save(tmp_path / "scan.nii.gz", make_phantom(1, "ct", 0)[0])
     spoil(tmp_path / "scan.nii.gz")
     with pytest.raises(ImageFileError) as error:
         nifti.read_header(tmp_path / "scan.nii.gz")
     assert message in str(error.value) or way == "missing"
 
 
+@pytest.mark.parametrize("affine", [None, awkward_affine((1.5, 2.5, 6.0), (-1, 1, -1), (1, 2, 0))])
+def test_the_header_tells_the_size_of_both_grids(affine, tmp_path):
+    write_totalsegmentator(tmp_path, "ct", 1, affine=affine)
+    [case] = find_cases(tmp_path)
+    for spacing in (2.0, 7.3, SPACING):
+        volume = load_case(case, ORGANS, spacing).volume
+        assert grid_voxels(case.image, spacing) == (32**3, volume.image.size)
+    assert grid_voxels(case.image, math.inf) == (32**3, 1)
+
+
+def test_a_file_without_a_header_has_no_voxels(tmp_path):
+    (tmp_path / "text.nii.gz").write_bytes(b"no NIfTI")
+    save(tmp_path / "flat.nii.gz", np.ones((4, 5), np.float32))
+    for name in ("missing", "text", "flat"):
+        assert grid_voxels(tmp_path / f"{name}.nii.gz", 9.0) == (0, 0)
+    save(tmp_path / "scan.nii.gz", make_phantom(1, "ct", 0)[0])
+    truncate(tmp_path / "scan.nii.gz")  # behind the header
+    assert grid_voxels(tmp_path / "scan.nii.gz", 9.0) == (32**3, 32**3)
+
+
 @pytest.mark.parametrize(("spoil", "message"), UNREADABLE.values(), ids=UNREADABLE)
 def test_a_file_that_cannot_be_used_says_why(spoil, message, tmp_path):
     path = tmp_path / "scan.nii.gz"
-    save(path, phantom(1, "ct", 0)[0])
+    save(path, make_phantom(1, "ct", 0)[0])
     read_nifti(path)
     spoil(path)
     with pytest.raises(ImageFileError) as error:
@@ -133,7 +170,7 @@ def test_a_file_that_cannot_be_used_says_why(spoil, message, tmp_path):
 
 @pytest.mark.parametrize("keep", [100, 348, 400, 352 + 4 * SIZE**3 - 1])
 def test_an_uncompressed_file_is_read_whole_or_not_at_all(keep, tmp_path):
-    save(tmp_path / "scan.nii", phantom(1, "ct", 0)[0])
+    save(tmp_path / "scan.nii", make_phantom(1, "ct", 0)[0])
     assert (tmp_path / "scan.nii").stat().st_size == 352 + 4 * SIZE**3
     (tmp_path / "short.nii").write_bytes((tmp_path / "scan.nii").read_bytes()[:keep])
     with pytest.raises(ImageFileError, match="cannot be read.*truncated"):
@@ -141,13 +178,135 @@ def test_an_uncompressed_file_is_read_whole_or_not_at_all(keep, tmp_path):
     assert read_nifti(tmp_path / "scan.nii").voxels.shape == (SIZE, SIZE, SIZE)
 
 
-def test_a_folder_is_no_file(tmp_path):
-    with pytest.raises(ImageFileError, match="missing"):
-        read_nifti(tmp_path)
+def make_pipe(path):
+    os.mkfifo(path)
+
+
+def make_socket(path):
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(os.path.relpath(path))  # an address may not be long
+
+
+@pytest.mark.parametrize("read", [read_nifti, nifti.read_header])
+@pytest.mark.parametrize(
+    "make", [Path.mkdir, make_pipe, make_socket, lambda path: path.symlink_to("/dev/zero")]
+)
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_only_files_are_opened(make, read, tmp_path):
+    make(tmp_path / "scan.nii.gz")
+    with pytest.raises(ImageFileError, match="^is no file but a folder, a pipe or a device$"):
+        read(tmp_path / "scan.nii.gz")
+    assert grid_voxels(tmp_path / "scan.nii.gz", 9.0) == (0, 0)
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(ImageFileError, match="^missing$"):
+        read(tmp_path / "link")
+
+
+def save_header(path, array, affine, **fields):
+    """With a qform only, and fields of the header as they are given."""
+    file = nibabel.Nifti1Image(array, None)
+    file.set_qform(affine, 1)
+    file.set_sform(None, 0)
+    content = bytearray(file.to_bytes())
+    header = nibabel.Nifti1Header(bytes(content[:348]), check=False)
+    for name, value in fields.items():
+        header[name] = value
+    content[:348] = header.binaryblock
+    path.write_bytes(gzip.compress(bytes(content)))
+
+
+@pytest.mark.parametrize("qfac", [0, 1])
+def test_a_header_is_read_as_nibabel_mends_it(qfac, tmp_path):
+    path, image = tmp_path / "scan.nii.gz", noise((5, 6, 7))
+    affine = awkward_affine((1.0, 2.0, 4.0), (1, 1, 1), (0, 1, 2))
+    save_header(path, image, affine, pixdim=[qfac, 1, 2, 4, 0, 0, 0, 0])
+    expected = nibabel.as_closest_canonical(nibabel.load(path))
+    np.testing.assert_allclose(expected.affine, affine, atol=1e-5)
+    scan = read_nifti(path)
+    np.testing.assert_array_equal(scan.voxels, image)
+    np.testing.assert_array_equal(scan.affine, expected.affine)
+    assert scan.problems == []
+    assert nifti.read_header(path).get_data_shape() == (5, 6, 7)
+    assert grid_voxels(path, 2.0) == (210, 2 * 6 * 14)
+    write_nifti(tmp_path / "out.nii.gz", np.ones((5, 6, 7), np.uint8), scan)
+    np.testing.assert_allclose(nibabel.load(tmp_path / "out.nii.gz").affine, affine, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["sform", "qform"])
+@pytest.mark.parametrize(("unit", "factor"), [("meter", 1000.0), ("micron", 0.001), ("mm", 1.0)])
+def test_stated_units_are_converted_and_kept_in_what_is_written(unit, factor, form, tmp_path):
+    affine = awkward_affine((1.5, 2.5, 6.0), (-1, 1, -1), (1, 2, 0))
+    own = affine.copy()
+    own[:3] /= factor
+    image = noise((20, 16, 9))
+    for name, matrix, stated in (("a", affine, "mm"), ("b", own, unit)):
+        file = nibabel.Nifti1Image(image, matrix)
+        file.header.set_xyzt_units(stated)
+        file.set_sform(matrix, int(form == "sform"))
+        file.set_qform(matrix, int(form == "qform"))
+        nibabel.save(file, tmp_path / f"{name}.nii.gz")
+    expected, scan = (read_nifti(tmp_path / f"{name}.nii.gz") for name in "ab")
+    np.testing.assert_array_equal(scan.voxels, expected.voxels)
+    np.testing.assert_allclose(scan.affine, expected.affine, rtol=1e-4, atol=1e-4)
+    assert scan.spacing == pytest.approx(expected.spacing, rel=1e-5)
+    assert sorted(scan.spacing) == pytest.approx([1.5, 2.5, 6.0])
+    assert scan.problems == []
+    grids = [grid_voxels(tmp_path / f"{name}.nii.gz", 2.0) for name in "ab"]
+    assert grids[0] == grids[1]
+    write_nifti(tmp_path / "out.nii.gz", (scan.voxels > 0).astype(np.uint8), scan)
+    written = nibabel.load(tmp_path / "out.nii.gz")
+    np.testing.assert_allclose(written.affine, own, rtol=1e-4, atol=1e-4 / factor)
+    assert written.header.get_xyzt_units()[0] == unit
+    np.testing.assert_array_equal(np.asarray(written.dataobj), image > 0)
+    again = read_nifti(tmp_path / "out.nii.gz")
+    np.testing.assert_allclose(again.affine, scan.affine, rtol=1e-4, atol=1e-4)
+
+
+def test_a_unit_that_cannot_be_is_named(tmp_path):
+    file = nibabel.Nifti1Image(noise((20, 16, 9)), np.diag([1.5, 1.5, 3.0, 1.0]))
+    file.header.set_xyzt_units("meter")
+    nibabel.save(file, tmp_path / "scan.nii.gz")
+    message = "is 30000 mm long; expected millimetres, and its header says metres"
+    with pytest.raises(ImageFileError, match=message):
+        read_nifti(tmp_path / "scan.nii.gz")
+
+
+def test_a_header_that_does_not_say_where_left_is_is_mentioned(tmp_path):
+    path, image = tmp_path / "scan.nii.gz", noise((5, 6, 7))
+    file = nibabel.Nifti1Image(image, None)
+    file.header["pixdim"][1:4] = [1, 2, 4]
+    nibabel.save(file, path)
+    assert nibabel.aff2axcodes(nibabel.load(path).affine) == ("L", "A", "S")
+    scan = read_nifti(path)
+    np.testing.assert_array_equal(scan.voxels, image[::-1])
+    [problem] = scan.problems
+    assert str(problem) == (
+        f"{path}: its header does not say where left and right are (sform and qform have code 0); "
+        "its axes are taken for left, anterior, superior"
+    )
+    assert problem.usable
+
+
+@pytest.mark.parametrize(("tilt", "named"), [(0, False), (0.2, False), (1, True), (20, True)])
+def test_a_sheared_grid_is_mentioned(tilt, named, tmp_path):
+    """Slices one above the other that a gantry has tilted about x."""
+    affine = np.diag([1.0, 2.0, 4.0, 1.0])
+    affine[1, 2] = 4 * np.tan(np.radians(tilt))
+    save(
+        tmp_path / "scan.nii.gz",
+        noise((5, 6, 7)),
+        awkward_affine((1,) * 3, (1,) * 3, (0, 1, 2)) @ affine,
+    )
+    problems = read_nifti(tmp_path / "scan.nii.gz").problems
+    assert [p.usable for p in problems] == [True] * named
+    for problem in problems:
+        what = f"its axes are {90 - tilt:.1f}° apart, not 90° (gantry tilt?)"
+        assert problem.what == what
+        assert problem.consequence == "distances in it are not exact"
 
 
 def test_trailing_axes_of_length_1_are_dropped_and_mentioned(tmp_path):
-    image = phantom(1, "ct", 0)[0]
+    image = make_phantom(1, "ct", 0)[0]
     save(tmp_path / "scan.nii.gz", image[..., None, None])
     scan = read_nifti(tmp_path / "scan.nii.gz")
     np.testing.assert_array_equal(scan.voxels, image)
@@ -160,7 +319,7 @@ def test_trailing_axes_of_length_1_are_dropped_and_mentioned(tmp_path):
 
 def test_the_sform_counts_where_the_qform_differs(tmp_path):
     path = tmp_path / "scan.nii.gz"
-    save(path, phantom(1, "ct", 0)[0])
+    save(path, make_phantom(1, "ct", 0)[0])
     affine = nibabel.load(path).affine
     make_forms_disagree(path)
     assert abs(nibabel.load(path).get_qform() - affine).max() == 100
@@ -190,7 +349,7 @@ def test_corners_are_apart_beyond_half_of_the_smallest_voxel_size():
 @pytest.mark.parametrize(("flips", "order"), AWKWARD)
 def test_a_label_sent_to_the_models_grid_and_back_is_in_its_place(spacing, flips, order, tmp_path):
     """The label itself as the prediction, through files with awkward affines; by voxel and mm."""
-    image, labels = phantom(4, "ct", 0)
+    image, labels = make_phantom(4, "ct", 0)
     image, labels = (np.transpose(a, order)[3:, :, 2:] for a in (image, labels))
     affine = awkward_affine(spacing, flips, order)
     save(tmp_path / "s1/ct.nii.gz", image, affine)
@@ -201,7 +360,7 @@ def test_a_label_sent_to_the_models_grid_and_back_is_in_its_place(spacing, flips
     [case] = find_cases(tmp_path)
     scan, _, problems = read_case(case, ORGANS)
     assert problems == []
-    volume = load_case(case, ORGANS, spacing=4.0)
+    volume = load_case(case, ORGANS, spacing=4.0).volume
     restored = resample_labels(one_hot(volume.labels, 6), scan.voxels.shape)
     write_nifti(tmp_path / "out.nii.gz", restored, scan)
     written = nibabel.load(tmp_path / "out.nii.gz")
@@ -237,79 +396,30 @@ def test_labels_are_written_voxel_by_voxel_onto_the_file_they_are_of(
     assert written.get_data_dtype() == np.uint8
     assert (written.dataobj.slope, written.dataobj.inter) == (1, 0)
     assert written.header.get_xyzt_units()[0] == "mm"
-    assert [path.name for path in tmp_path.glob("tmp-*")] == []
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["out.nii.gz", "scan.nii.gz"]
 
 
-def test_a_full_disk_leaves_the_older_file(tmp_path, monkeypatch):
-    save(tmp_path / "scan.nii.gz", phantom(1, "ct", 0)[0])
+def test_of_the_scans_header_only_the_geometry_is_written(tmp_path):
+    """The rest may tell who the patient is; and the same labels are the same bytes."""
+    file = nibabel.Nifti1Image(
+        noise((5, 6, 7)), awkward_affine((1.0, 2.0, 4.0), (1, 1, 1), (0, 1, 2))
+    )
+    for field in ("descrip", "aux_file", "intent_name", "db_name", "data_type"):
+        file.header[field] = b"Jane Doe"
+    file.header.extensions.append(nibabel.nifti1.Nifti1Extension("comment", b"Jane Doe"))
+    file.header["cal_max"], file.header["toffset"] = 77, 1985
+    nibabel.save(file, tmp_path / "scan.nii.gz")
+    assert b"Jane Doe" in gzip.decompress((tmp_path / "scan.nii.gz").read_bytes())
     scan = read_nifti(tmp_path / "scan.nii.gz")
-    labels = phantom(1, "ct", 0)[1]
-    write_nifti(tmp_path / "out.nii.gz", labels, scan)
-
-    def full(image, path):
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(nifti.nibabel, "save", full)
-    with pytest.raises(OSError, match="No space"):
-        write_nifti(tmp_path / "out.nii.gz", 0 * labels, scan)
-    np.testing.assert_array_equal(read_nifti(tmp_path / "out.nii.gz").voxels, labels)
-
-
-# --------------------------------------------------------------------------------------- resampling
-
-
-def interpolate(volume, size):
-    """Linear interpolation at the centres of `size` cells that fill the volume, by SciPy."""
-    centres = [(np.arange(m) + 0.5) * n / m - 0.5 for n, m in zip(volume.shape, size, strict=True)]
-    grid = np.stack(np.meshgrid(*centres, indexing="ij"))
-    return ndimage.map_coordinates(volume, grid, order=1, mode="nearest")
-
-
-@pytest.mark.parametrize(
-    ("spacing", "target", "size"),
-    [
-        ((1.5, 2.5, 6.0), 3.0, (10, 13, 18)),  # 30 / 3, 40 / 3 and 54 / 3 mm
-        ((1.5, 2.5, 6.0), 1.0, (30, 40, 54)),
-        ((1.5, 2.5, 6.0), 3.5, (9, 11, 15)),  # 8.6, 11.4 and 15.4, rounded
-        ((0.1, 0.1, 0.1), 9.0, (1, 1, 1)),
-    ],
-)
-def test_images_are_resampled_as_by_scipy(spacing, target, size):
-    image = noise((20, 16, 9))
-    resampled = resample_image(image, spacing, target)
-    assert resampled.shape == size
-    assert resampled.dtype == np.float32
-    np.testing.assert_allclose(resampled, interpolate(image, size), atol=1e-5)
-
-
-def test_an_image_on_the_grid_stays_as_it_is():
-    image = noise((20, 16, 9))
-    np.testing.assert_array_equal(resample_image(image, (3.0, 3.0, 3.0), 3.0), image)
-
-
-@pytest.mark.parametrize("size", [(10, 13, 18), (40, 31, 9), (20, 16, 9)])
-def test_the_best_class_wins_at_each_voxel_as_by_scipy(size):
-    rng = np.random.default_rng(1)
-    logits = rng.normal(size=(4, 20, 16, 9)).astype(np.float32)
-    interpolated = np.stack([interpolate(score, size) for score in logits])
-    labels = resample_labels(torch.from_numpy(logits), size)
-    assert labels.dtype == np.uint8
-    first, second = np.sort(interpolated, axis=0)[[-1, -2]]
-    clear = first - second > 1e-4
-    assert clear.mean() > 0.99
-    np.testing.assert_array_equal(labels[clear], interpolated.argmax(0)[clear])
-
-
-def test_labels_survive_the_way_to_another_grid_and_back():
-    labels = phantom(3, "ct", 0)[1].repeat(3, 0).repeat(3, 1).repeat(2, 2)
-    coarse = resample_labels(one_hot(labels, 6), (64, 70, 50))
-    back = resample_labels(one_hot(coarse, 6), labels.shape)
-    liver = 2 * ((back == 1) & (labels == 1)).sum() / ((back == 1).sum() + (labels == 1).sum())
-    assert liver > 0.97
-    for label in range(1, 6):
-        centre, restored = (np.argwhere(x == label).mean(0) for x in (labels, back))
-        np.testing.assert_allclose(restored, centre, atol=1.0)
+    labels = np.zeros((5, 6, 7), np.uint8)
+    content = to_nifti(labels, scan)
+    assert content == to_nifti(labels, scan)
+    assert b"Jane" not in gzip.decompress(content)
+    (tmp_path / "out.nii.gz").write_bytes(content)
+    written = nibabel.load(tmp_path / "out.nii.gz").header
+    assert (written["cal_max"], written["toffset"], len(written.extensions)) == (0, 0, 0)
+    np.testing.assert_array_equal(written.get_best_affine(), scan.header.get_best_affine())
 
 
 # ------------------------------------------------------------------------------------------- fuzz
@@ -429,3 +539,32 @@ def test_other_formats_are_no_nifti(tmp_path):
     nibabel.save(nibabel.MGHImage(np.ones((4, 4, 4), np.float32), np.eye(4)), tmp_path / "x.mgz")
     with pytest.raises(ImageFileError, match="no NIfTI file"):
         read_nifti(tmp_path / "x.mgz")
+
+
+@pytest.mark.parametrize("codes", [(1, 1), (2, 0), (0, 1), (4, 3)])
+def test_a_label_map_is_where_its_scan_is_for_simpleitk_too(codes, tmp_path):
+    """By a reader that is not nibabel; of the scan's header nothing but geometry is left."""
+    q_code, s_code = codes
+    affine = awkward_affine((1.5, 2.0, 3.0), (1, -1, 1), (1, 0, 2))
+    voxels = np.arange(4 * 5 * 6, dtype=np.int16).reshape(4, 5, 6)
+    file = nibabel.Nifti1Image(voxels, affine)
+    file.set_qform(affine, q_code)
+    file.set_sform(affine, s_code)
+    file.header["descrip"], file.header["intent_name"] = b"Jane Doe", b"Jane Doe"
+    file.header["cal_min"], file.header["cal_max"] = 3, 7
+    file.header.extensions.append(nibabel.nifti1.Nifti1Extension("comment", b"PatientName=Jane"))
+    nibabel.save(file, tmp_path / "scan.nii.gz")
+    scan = read_nifti(tmp_path / "scan.nii.gz")
+    (tmp_path / "map.nii.gz").write_bytes(to_nifti(scan.voxels.astype(np.uint8), scan))
+    ours, theirs = (SimpleITK.ReadImage(tmp_path / f"{name}.nii.gz") for name in ("map", "scan"))
+    for what in ("GetSize", "GetSpacing", "GetOrigin", "GetDirection"):
+        assert getattr(ours, what)() == getattr(theirs, what)(), what
+    np.testing.assert_array_equal(
+        SimpleITK.GetArrayFromImage(ours), SimpleITK.GetArrayFromImage(theirs)
+    )
+    fields = {key: ours.GetMetaData(key) for key in ours.GetMetaDataKeys()}
+    for key in ("qform_code", "sform_code", "xyzt_units"):
+        assert fields[key] == theirs.GetMetaData(key), key
+    assert (fields["descrip"], fields["intent_name"]) == ("", "")
+    assert float(fields["cal_min"]) == float(fields["cal_max"]) == 0
+    assert b"Jane" not in gzip.decompress((tmp_path / "map.nii.gz").read_bytes())

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from phantom import ANATOMY, ORGANS, SIZE, SPACING, TISSUES, phantom
+from scans.phantom import ANATOMY, ORGANS, SIZE, SPACING, TISSUES, make_phantom
 
 NAMES = list(TISSUES)
 NATIVE, ARTERIAL, PORTAL, DELAYED, T1, T2 = np.transpose([TISSUES[name] for name in NAMES])
@@ -15,8 +15,10 @@ NATIVE, ARTERIAL, PORTAL, DELAYED, T1, T2 = np.transpose([TISSUES[name] for name
 @pytest.mark.parametrize("scanner", ["own", "other"])
 def test_shape_dtype_and_determinism(scanner):
     for modality in ("ct", "mri"):
-        image, labels = phantom(42, modality, 3, scanner)
-        again, same = phantom.__wrapped__(42, modality, 3, scanner)  # conftest.py remembers them
+        image, labels = make_phantom(42, modality, 3, scanner)
+        again, same = make_phantom.__wrapped__(
+            42, modality, 3, scanner
+        )  # conftest.py remembers them
         assert image.shape == labels.shape == (SIZE,) * 3
         assert (image.dtype, labels.dtype) == (np.float32, np.uint8)
         assert np.array_equal(image, again)
@@ -33,7 +35,7 @@ def test_shape_dtype_and_determinism(scanner):
     ],
 )
 def test_the_phantoms_of_docs_results_stay_what_they_are(modality, index, voxels, mean, deviation):
-    image, labels = phantom(42, modality, index)
+    image, labels = make_phantom(42, modality, index)
     assert np.bincount(labels.ravel()).tolist() == voxels
     assert image.mean(dtype=float) == pytest.approx(mean, rel=1e-6)
     assert image.std(dtype=float) == pytest.approx(deviation, rel=1e-6)
@@ -108,7 +110,7 @@ def seeded(seed, modality, index, scanner):
 @pytest.mark.parametrize("index", [2, 12])  # own MRI: a tissue darkened, brightened to the limit
 def test_equals_phantoms_made_point_by_point(render, index, scanner):
     modality = render.__name__
-    image, labels = phantom(7, modality, index, scanner)
+    image, labels = make_phantom(7, modality, index, scanner)
     rng = seeded(7, modality, index, scanner)
     tissue = anatomy(rng)
     assert np.array_equal(labels, np.where(tissue > len(ORGANS), 0, tissue))
@@ -129,9 +131,9 @@ def test_equals_phantoms_made_point_by_point(render, index, scanner):
     ],
 )
 def test_the_own_scanner_gives_the_bytes_it_gave_before_there_was_another(case, digest):
-    image, labels = phantom(*case)
+    image, labels = make_phantom(*case)
     assert hashlib.sha256(image.tobytes() + labels.tobytes()).hexdigest().startswith(digest)
-    assert np.array_equal(image, phantom(*case, scanner="own")[0])
+    assert np.array_equal(image, make_phantom(*case, scanner="own")[0])
 
 
 def fitted(image, tissue, kernel):
@@ -153,7 +155,7 @@ def test_the_other_ct_has_its_three_phases_kernel_and_noise():
     aorta, liver, spleen = (NAMES.index(name) for name in ("aorta", "liver", "spleen"))
     by_phase = {"native": [], "arterial": [], "delayed": []}
     for index in range(45):
-        image, _ = phantom(3, "ct", index, "other")
+        image, _ = make_phantom(3, "ct", index, "other")
         values, noise = fitted(image, anatomy(seeded(3, "ct", index, "other")), 0.8)
         assert noise.std() == pytest.approx(15, rel=0.02)
         assert next_voxels(noise) == pytest.approx(np.exp(-1 / (4 * 0.8**2)), abs=0.03)
@@ -169,7 +171,7 @@ def test_the_other_ct_has_its_three_phases_kernel_and_noise():
 
 
 def test_the_own_ct_has_sharper_white_noise():
-    image, _ = phantom(3, "ct", 0)
+    image, _ = make_phantom(3, "ct", 0)
     values, noise = fitted(image, anatomy(seeded(3, "ct", 0, "own")), 0.5)
     np.testing.assert_allclose(values, PORTAL, atol=4 * 12)
     assert noise.std() == pytest.approx(10, rel=0.02)
@@ -182,7 +184,7 @@ def test_only_the_other_mri_suppresses_fat():
     brighter = {"own": 0, "other": 0}
     for scanner in brighter:
         for index in range(24):
-            image, _ = phantom(3, "mri", index, scanner)
+            image, _ = make_phantom(3, "mri", index, scanner)
             tissue = anatomy(seeded(3, "mri", index, scanner))
             signal = [np.median(image[tissue == n]) for n in (fat, muscle)]
             brighter[scanner] += signal[0] > signal[1]
@@ -195,7 +197,7 @@ def test_axes_run_left_to_right_back_to_front_and_feet_to_head():
     in front and below the liver."""
     place = np.zeros((6, 3))
     for index in range(8):
-        labels = phantom(42, "ct", index)[1]
+        labels = make_phantom(42, "ct", index)[1]
         place += [np.argwhere(labels == n).mean(axis=0) for n in range(6)]
     _, liver, kidneys, spleen, _, gallbladder = place / 8
     middle = (SIZE - 1) / 2
@@ -207,7 +209,7 @@ def test_axes_run_left_to_right_back_to_front_and_feet_to_head():
 
 def test_cases_differ_by_seed_modality_index_and_scanner():
     own = [(1, "ct", 0), (2, "ct", 0), (1, "mri", 0), (1, "ct", 1)]
-    cases = [phantom(*case, scanner)[1] for scanner in ("own", "other") for case in own]
+    cases = [make_phantom(*case, scanner)[1] for scanner in ("own", "other") for case in own]
     for i in range(8):
         for j in range(i):
             assert (cases[i] != cases[j]).any()
@@ -217,7 +219,7 @@ def test_cases_differ_by_seed_modality_index_and_scanner():
 def test_every_case_has_every_organ_at_a_plausible_size(scanner):
     for modality in ("ct", "mri"):
         for index in range(24):
-            labels = phantom(42, modality, index, scanner)[1]
+            labels = make_phantom(42, modality, index, scanner)[1]
             counts = np.bincount(labels.ravel(), minlength=len(ORGANS) + 1)
             assert (counts > 0).all()
             assert counts[0] > 0.8 * SIZE**3
@@ -228,7 +230,7 @@ def test_anatomy_has_one_distribution():
     """Mean organ volumes of modalities and scanners agree within what chance allows."""
 
     def volumes(modality, scanner):
-        cases = (phantom(7, modality, i, scanner)[1].ravel() for i in range(40))
+        cases = (make_phantom(7, modality, i, scanner)[1].ravel() for i in range(40))
         return np.stack([np.bincount(labels, minlength=6) for labels in cases])
 
     first = volumes("ct", "own")
@@ -241,10 +243,10 @@ def test_anatomy_has_one_distribution():
 def test_ct_is_in_hounsfield_units_and_mri_swaps_the_order_of_organs():
     liver_minus_spleen = []
     for index in range(24):
-        image, labels = phantom(42, "ct", index)
+        image, labels = make_phantom(42, "ct", index)
         assert 60 < image[labels == 1].mean() < 160
         assert image[0, 0, 0] < -900
-        image, labels = phantom(42, "mri", index)
+        image, labels = make_phantom(42, "mri", index)
         assert image.min() >= 0
         liver_minus_spleen.append(image[labels == 1].mean() - image[labels == 3].mean())
     brighter = np.sum(np.array(liver_minus_spleen) > 0)
@@ -253,7 +255,7 @@ def test_ct_is_in_hounsfield_units_and_mri_swaps_the_order_of_organs():
 
 def test_another_modality_or_scanner_is_refused():
     with pytest.raises(ValueError, match='modality must be "ct" or "mri", not \'pet\''):
-        phantom(1, "pet", 0)
+        make_phantom(1, "pet", 0)
     for scanner in ("third", "", None):
         with pytest.raises(ValueError, match=f'scanner must be "own" or "other", not {scanner!r}'):
-            phantom(1, "ct", 0, scanner)
+            make_phantom(1, "ct", 0, scanner)

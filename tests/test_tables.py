@@ -5,15 +5,42 @@ import math
 import numpy as np
 import pytest
 from scipy import stats
-from test_results import ORGANS, score
 
-from config import Config
-from datasets import ORGANS as ALL_ORGANS
-from tables import comparisons, mean, paired_difference, report, summarize, tables, title
+from scans.layouts import ORGANS as ALL_ORGANS
+from study.config import Training
+from study.tables import (
+    SCORE,
+    comparisons,
+    details,
+    mean,
+    paired_difference,
+    parse_score,
+    score_rows,
+    screen,
+    summarize,
+    tables,
+    training_of,
+)
+
+ORGANS = ("liver", "spleen")
+ABOUT = {"seed": 1, "arm": "fl", "ratio": "", "p": None, "hospital": "mri", "scanner": "own"}
+ABOUT |= {"case": "x", "modality": "mri"}
 
 
-def result(seed, modality, arm="fl", **dices):
-    return {**score("x", **dices), "arm": arm, "seed": seed, "modality": modality}
+def result(seed, modality, arm="fl", case="x", **dices):
+    """Rows of a case, one an organ: Dice d, HD95 10 d, NSD d / 2; None for an absent organ.
+
+    arm: a name, or a name, a ratio and a share.
+    """
+    found = {
+        organ: {"outcome": "scored", "dice": d, "hd95": 10 * d, "nsd": d / 2}
+        if d is not None
+        else {"outcome": "absent"}
+        for organ, d in dices.items()
+    }
+    name, ratio, p = (arm, "", None) if isinstance(arm, str) else arm
+    about = {"seed": seed, "modality": modality, "arm": name, "ratio": ratio, "p": p, "case": case}
+    return score_rows({**ABOUT, **about}, found)
 
 
 def cells(line):
@@ -28,14 +55,15 @@ def test_means_leave_out_what_was_not_scored():
 
 def test_means_and_deviations_by_hand():
     # liver (0.5 + 1.0) / 2, spleen scored once: the mean over organs of the means over cases
-    found = [result(1, "mri", liver=0.5, spleen=None), result(1, "mri", liver=1.0, spleen=0.25)]
+    found = result(1, "mri", liver=0.5, spleen=None) + result(1, "mri", liver=1.0, spleen=0.25)
     summary = summarize(found, ["liver", "spleen"])["fl"]
     assert summary["dice", "mri"][0] == pytest.approx((0.75 + 0.25) / 2)
     assert summary["hd95", "mri"][0] == pytest.approx((7.5 + 2.5) / 2)
     counts = [summary[outcome, "mri"][0] for outcome in ("scored", "missed", "absent")]
     assert counts == [3, 0, 1]
-    found = [result(s, m, liver=d) for s, m, d in ((1, "mri", 0.2), (2, "mri", 0.6))]
-    found += [result(s, m, liver=d) for s, m, d in ((1, "ct", 1.0), (2, "ct", 0.8))]
+    found = []
+    for seed, modality, d in ((1, "mri", 0.2), (2, "mri", 0.6), (1, "ct", 1.0), (2, "ct", 0.8)):
+        found += result(seed, modality, liver=d)
     summary = summarize(found, ["liver"])
     assert summary["fl"]["dice", "mri"] == pytest.approx((0.4, math.sqrt(0.08)))
     assert summary["fl"]["dice", "ct"] == pytest.approx((0.9, math.sqrt(0.02)))
@@ -48,29 +76,38 @@ def test_means_and_deviations_by_hand():
 
 
 def test_the_table_shows_what_was_not_scored():
-    rows = [cells(line) for line in tables([result(1, "ct", liver=0.5)], ["liver"]).splitlines()]
+    rows = [cells(line) for line in tables(result(1, "ct", liver=0.5), ["liver"]).splitlines()]
     assert rows[2] == ["fl", "–", "0.500", "0 / 1", "0 / 0", "0 / 0"]
     assert rows[-1] == ["fl", "– / 0.50"]
 
 
 def test_tables_fit_a_terminal_of_100_columns():
-    """The widest of arms with a deviation and with intervals that span 0."""
+    """The widest of arms with a deviation and with intervals that span 0.
+
+    At a ratio, the table of four columns takes three more columns on the screen.
+    """
     found = [
-        result(seed, m, arm, **dict.fromkeys(ALL_ORGANS, d)) | {"case": case}
-        for arm in ("fedgin 1:5 p=0.25", "centralized+gin 1:5 p=0.25")
+        row
+        for arm in ("fedgin", "centralized+gin")
         for seed, d in ((1, 0.5), (2, 12.5))
         for m in ("mri", "ct")
         for case in "ab"
+        for row in result(seed, m, (arm, "1:5", 0.25), case, **dict.fromkeys(ALL_ORGANS, d))
     ]
-    shown = report(found, ALL_ORGANS)
+    shown = details(found, ALL_ORGANS)
     assert "fedgin 1:5 p=0.25 − centralized+gin" in shown
     assert max(map(len, shown.splitlines())) == 100
+    found = [{**row, "ratio": ""} for row in found]
+    other = [{**row, "hospital": "far", "scanner": "other"} for row in found]
+    assert max(map(len, screen(found + other, ALL_ORGANS).splitlines())) == 99
 
 
 def test_what_was_missed_counts_and_what_is_unlabelled_does_not():
-    found = [result(1, "mri", liver=0.5, spleen=0.5) for _ in range(3)]
-    found[0]["scores"]["spleen"] = {"outcome": "missed", "dice": 0, "hd95": 99.0, "nsd": 0}
-    found[1]["scores"]["spleen"] = {"outcome": "unlabelled"}
+    (liver, _), (_, spleen) = (result(1, "mri", liver=0.5, spleen=0.5) for _ in range(2))
+    missed = {**spleen, "outcome": "missed", "dice": 0, "hd95": 99.0, "nsd": 0}
+    nothing = dict.fromkeys(("dice", "hd95", "nsd"), math.nan)
+    unlabelled = {**spleen, "outcome": "unlabelled", **nothing}
+    found = [liver, missed, liver, unlabelled, liver, spleen]
     summary = summarize(found, ORGANS)
     assert summary["fl"]["spleen", "mri"][0] == 0.25
     assert summary["fl"]["hd95", "mri"][0] == pytest.approx((5 + (99 + 5) / 2) / 2)
@@ -78,54 +115,74 @@ def test_what_was_missed_counts_and_what_is_unlabelled_does_not():
 
 
 def on_cases(arm, dices, modality="mri", seed=1):
-    """Results of an arm on cases 0, 1, …, whose organ has the Dice given."""
-    found = [{**score(str(n), liver=d), "modality": modality} for n, d in enumerate(dices)]
-    return [{**one, "arm": arm, "seed": seed} for one in found]
+    """Rows of an arm on cases 0, 1, …, whose organ has the Dice given."""
+    return [
+        row for n, d in enumerate(dices) for row in result(seed, modality, arm, str(n), liver=d)
+    ]
 
 
 def test_a_paired_difference_by_hand():
     """Of cases that differ by 0.1 and 0.3: bootstrap means 0.1, 0.2 and 0.3 with 1/4, 1/2, 1/4."""
-    found = on_cases("a", (0.6, 0.9)) + on_cases("b", (0.5, 0.6))
-    low, middle, high = paired_difference(found, "a", "b", "mri")
+    a, b = on_cases("a", (0.6, 0.9)), on_cases("b", (0.5, 0.6))
+    low, middle, high = paired_difference(a, b, "mri")
     assert (low, middle, high) == pytest.approx((0.1, 0.2, 0.3))
-    assert paired_difference(found, "b", "a", "mri") == pytest.approx((-0.3, -0.2, -0.1))
-    assert all(map(math.isnan, paired_difference(found, "a", "b", "ct")))
-    assert all(map(math.isnan, paired_difference(on_cases("a", (1,)) * 2, "a", "a", "mri")))
+    assert paired_difference(b, a, "mri") == pytest.approx((-0.3, -0.2, -0.1))
+    assert all(map(math.isnan, paired_difference(a, b, "ct")))
+    assert all(
+        map(math.isnan, paired_difference(on_cases("a", (1,)) * 2, on_cases("a", (1,)), "mri"))
+    )
 
 
 def test_a_paired_difference_averages_seeds_then_cases_then_organs():
-    found = []
+    found = {"a": [], "b": []}
     for seed, liver, spleen in ((1, 0.5, 0.25), (2, 0.75, 0.25)):
-        for arm, sign in (("a", 0), ("b", 1)):
-            both = score("x", liver=liver * (1 - sign), spleen=spleen * (1 - sign))
-            only = score("y", liver=1.0 - sign, spleen=None)
-            found += [{**one, "arm": arm, "seed": seed, "modality": "ct"} for one in (both, only)]
-    _, middle, _ = paired_difference(found, "a", "b", "ct")
+        for arm, share in (("a", 1), ("b", 0)):
+            found[arm] += result(seed, "ct", arm, "x", liver=liver * share, spleen=spleen * share)
+            found[arm] += result(seed, "ct", arm, "y", liver=1.0 * share, spleen=None)
+    _, middle, _ = paired_difference(found["a"], found["b"], "ct")
     liver = ((0.5 + 0.75) / 2 + 1.0) / 2
     assert middle == pytest.approx((liver + 0.25) / 2)
 
 
 def test_cases_of_two_hospitals_may_have_one_id():
-    here = on_cases("a", (0.6,)) + on_cases("b", (0.5,))
-    there = on_cases("a", (0.9,)) + on_cases("b", (0.6,))
-    found = here + [{**one, "hospital": "there"} for one in there]
-    assert paired_difference(found, "a", "b", "mri") == pytest.approx((0.1, 0.2, 0.3))
+    a, b = (
+        on_cases(arm, here) + [{**row, "hospital": "there"} for row in on_cases(arm, there)]
+        for arm, here, there in (("a", (0.6,), (0.9,)), ("b", (0.5,), (0.6,)))
+    )
+    assert paired_difference(a, b, "mri") == pytest.approx((0.1, 0.2, 0.3))
+
+
+def test_seeds_and_cases_that_only_one_arm_has_do_not_count():
+    a = on_cases("a", (0.6, 0.9, 0.1)) + on_cases("a", (0.0, 0.0), seed=2)
+    b = on_cases("b", (0.5, 0.6)) + on_cases("b", (1.0,), seed=3)
+    assert paired_difference(a, b, "mri") == pytest.approx((0.1, 0.2, 0.3))
 
 
 def test_the_interval_is_scipys():
     """scipy's percentile bootstrap of one organ, on other draws."""
     rng = np.random.default_rng(1)
     a, b = rng.uniform(0.4, 0.9, 40), rng.uniform(0.3, 0.9, 40)
-    low, middle, high = paired_difference(on_cases("a", a) + on_cases("b", b), "a", "b", "mri")
+    low, middle, high = paired_difference(on_cases("a", a), on_cases("b", b), "mri")
     assert middle == pytest.approx((a - b).mean())
-    expected = stats.bootstrap((a - b,), np.mean, n_resamples=20_000, method="percentile", rng=rng)
+    expected = stats.bootstrap(
+        (a - b,), np.mean, n_resamples=20_000, method="percentile", random_state=rng
+    )
     assert (low, high) == pytest.approx(tuple(expected.confidence_interval), abs=0.005)
 
 
 def test_comparisons_by_hand():
-    arms = {"mri-only": 0.1, "fl 1:5": 0.5, "fedgin 1:5 p=1": 0.3, "fedgin 1:5 p=0.5": 0.6}
-    arms |= {"centralized+gin 1:5 p=1": 0.3, "centralized 1:5": 0.9, "fl 1:1": 0.2}
-    arms |= {"ct-only 1:5": 0.3}
+    """By the fields of a training: of the arms beside FedGIN, those at its ratio and share."""
+    arms = {
+        ("mri-only", "", None): 0.1,
+        ("fl", "1:5", None): 0.5,
+        ("fedgin", "1:5", 1.0): 0.3,
+        ("fedgin", "1:5", 0.5): 0.6,
+        ("centralized+gin", "1:5", 1.0): 0.3,
+        ("centralized", "1:5", None): 0.9,
+        ("fl", "1:1", None): 0.2,
+        ("ct-only", "1:5", None): 0.3,
+        ("ct-only", "1:1", None): 0.7,
+    }
     found = [row for arm, d in arms.items() for row in on_cases(arm, (d, d + 0.1))]
     table, note = comparisons(found).split("\n\n")
     assert note == "\\* not distinguishable: the interval spans 0"
@@ -141,23 +198,114 @@ def test_comparisons_by_hand():
         ["fedgin 1:5 p=0.5 − ct-only", "+0.300 [0.300, 0.300]", "–"],
     ]
     assert comparisons(on_cases("fl", (0.5, 0.6))) == ""
+    assert comparisons([row for row in found if row["arm"].startswith("cent")]) == ""
+    alone = [row for row in found if (row["arm"], row["p"]) in (("fedgin", 0.5), ("ct-only", None))]
+    assert "*" not in comparisons(alone)
+    assert "not distinguishable" not in comparisons(alone)
+
+
+def test_comparisons_where_all_cases_take_part():
+    arms = {("ct-only", "", None): 0.1, ("fedgin", "", 1.0): 0.5, ("fl", "1:5", None): 0.2}
+    found = [row for arm, d in arms.items() for row in on_cases(arm, (d, d), "ct")]
+    rows = [cells(line) for line in comparisons(found).splitlines()]
+    assert rows[2:] == [["fedgin p=1 − ct-only", "–", "+0.400 [0.400, 0.400]"]]
+
+
+def test_seeds_of_a_training_are_compared_together():
+    found = []
+    for seed, d in ((1, 0.1), (2, 0.3)):
+        found += on_cases(("fedgin", "1:5", 1.0), (0.5 + d, 0.5 + d), seed=seed)
+        found += on_cases(("fl", "1:5", None), (0.5, 0.5), seed=seed)
+    rows = [cells(line) for line in comparisons(found).splitlines()]
+    assert rows[2:] == [["fedgin 1:5 p=1 − fl", "+0.200 [0.200, 0.200]", "–"]]
+
+
+# -------------------------------------------------------------------------------- rows, and screens
 
 
 def test_own_and_other_scanners_have_tables_of_their_own():
     own, other = on_cases("fl", (0.25, 0.25)), on_cases("fl", (0.75, 0.75))
-    other = [{**one, "hospital": "far", "scanner": "other"} for one in other]
-    lines = report(own + other, ORGANS[:1]).splitlines()
+    other = [{**row, "hospital": "far", "scanner": "other"} for row in other]
+    lines = details(own + other, ORGANS[:1]).splitlines()
     assert lines[0] == "### Scanners of the hospitals that train: mri"
     assert cells(lines[4])[:2] == ["fl", "0.250"]
     second = lines.index("### Scanners of others: far")
     assert cells(lines[second + 4])[:2] == ["fl", "0.750"]
-    assert report(other, ORGANS[:1]).splitlines() == lines[second:]
+    assert details(other, ORGANS[:1]).splitlines() == lines[second:]
+    assert details([], ORGANS) == ""
 
 
-def test_titles():
-    found = [result(seed, "mri", liver=1.0) for seed in (2, 1, 2)]
-    assert title(Config(seeds=(1,)), found) == (
-        "## Test scores, limited scenario, seeds 2 1: PHANTOMS (synthetic volumes, not patients)"
-    )
-    on_scans = Config(scenario="complete", ct=("a",), mri=("b",))
-    assert title(on_scans, found) == "## Test scores, complete scenario, seeds 2 1: scans"
+def of_other(rows):
+    return [{**row, "hospital": "far", "scanner": "other"} for row in rows]
+
+
+def test_the_screen_by_hand():
+    """Two seeds; own and other scanners; what an arm lacks; the missed of all of its rows."""
+    gin = ("fedgin", "1:5", 1.0)
+    found = [
+        *result(1, "mri", liver=0.2, spleen=0.4),
+        *result(2, "mri", liver=0.6, spleen=0.8),
+        *result(1, "ct", liver=0.5, spleen=None),
+        *of_other(result(1, "ct", liver=0.25, spleen=0.75)),
+        *result(1, "mri", gin, liver=0.9, spleen=0.7),
+        *of_other(result(1, "mri", gin, liver=0.125, spleen=0.125)),
+    ]
+    missed = {**found[0], "case": "y", "outcome": "missed", "dice": 0.0, "hd95": 99.0, "nsd": 0.0}
+    found += [missed, *of_other([missed])]
+    table = screen(found, ORGANS)
+    # fl, MRI, seed 1: liver (0.2 + 0) / 2, spleen 0.4; seed 2: (0.6 + 0.8) / 2
+    middle, spread = (0.25 + 0.7) / 2, (0.7 - 0.25) / math.sqrt(2)
+    assert [cells(line) for line in table.split("\n\n")[0].splitlines()] == [
+        ["Dice", "MRI own", "CT own", "MRI other", "CT other", "missed"],
+        ["-" * 14, "-" * 13, "-" * 6, "-" * 9, "-" * 8, "-" * 6],
+        ["fl", f"{middle:.3f} ± {spread:.3f}", "0.500", "0.000", "0.500", "2"],
+        ["fedgin 1:5 p=1", "0.800", "–", "0.125", "–", "0"],
+    ]
+    assert comparisons(found) == ""  # fl is at another ratio
+    assert len(table.split("\n\n")) == 1
+
+
+def test_the_screen_has_columns_of_scanners_that_were_tested_on_and_compares_on_the_first():
+    fl, gin = ("fl", "1:5", None), ("fedgin", "1:5", 1.0)
+    own = on_cases(fl, (0.25, 0.25), "ct") + on_cases(gin, (0.5, 0.5), "ct")
+    other = of_other(on_cases(fl, (0.75, 0.75)) + on_cases(gin, (0.5, 0.5)))
+    of_own, of_others = ["CT own"], ["MRI other"]
+    on_own = ["fedgin 1:5 p=1 − fl", "–", "+0.250 [0.250, 0.250]"]
+    on_other = ["fedgin 1:5 p=1 − fl", "-0.250 [-0.250, -0.250]", "–"]
+    for found, columns, scanner, compared in (
+        (own, of_own, "own", on_own),
+        (own + other, [*of_own, *of_others], "own", on_own),
+        (other, of_others, "other", on_other),
+    ):
+        table, comparison = screen(found, ORGANS[:1]).split("\n\n")
+        assert cells(table.splitlines()[0]) == ["Dice", *columns, "missed"]
+        heading, _, row = map(cells, comparison.splitlines())
+        assert heading == [f"difference in Dice, {scanner} [95 %]", "MRI", "CT"]
+        assert row == compared
+    assert cells(screen([], ORGANS).splitlines()[0]) == ["Dice", "missed"]
+
+
+def test_rows_keep_the_order_in_which_scores_come():
+    order = [("fl", "1:5", None), ("mri-only", "", None), ("fl", "1:1", None), ("fedgin", "", 0.5)]
+    found = [row for arm in order for row in on_cases(arm, (0.5,))]
+    labels = [Training(1, *arm).label for arm in order]
+    lines = screen(found, ORGANS[:1]).split("\n\n")[0].splitlines()
+    assert [cells(line)[0] for line in lines[2:]] == labels
+    assert list(summarize(found, ORGANS[:1])) == labels
+
+
+def test_a_score_is_read_as_it_was_written():
+    [row] = result(7, "ct", ("fedgin", "1:5", 0.25), liver=0.1 + 0.2)
+    assert set(row) == set(SCORE)
+    text = {key: "" if value is None else str(value) for key, value in row.items()}
+    assert parse_score(text) == row
+    assert training_of(row) == Training(7, "fedgin", "1:5", 0.25)
+    [absent] = result(7, "ct", liver=None)
+    text = {**text, "p": "", "outcome": "absent", "dice": "", "hd95": "", "nsd": ""}
+    found = parse_score(text)
+    assert found["outcome"] == absent["outcome"]
+    assert found["p"] is None
+    assert all(math.isnan(found[metric]) for metric in ("dice", "hd95", "nsd"))
+    for key in SCORE:
+        with pytest.raises(KeyError):
+            parse_score({k: v for k, v in text.items() if k != key})

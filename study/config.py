@@ -1,32 +1,81 @@
 """Every setting of a run, once: its default, its flag and its help.
 
 Some defaults differ between phantoms, which a CPU trains in minutes, and scans, which want a GPU.
-
-    from config import Config
-    print(Config().rounds, Config(ct=("ct_set",), mri=("mri_set",)).rounds)  # 20 100
 """
 
 import argparse
 import dataclasses
-import io
 import math
-import signal
-import sys
-import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
+from torch import Tensor
 
-from datasets import LAYOUTS, ORGANS, DataError
-from phantom import SPACING
+from data import NORMALIZATION
+from scans.layouts import LAYOUTS
+from scans.organs import NO_STRUCTURES, ORGANS, common_name, spelling
+from scans.phantom import SPACING
 
+VERSION = "2.0.0"
 GROUPS = {"scenario": "experiment", "ct": "data", "rounds": "training", "out": "run"}  # of flags
+KINDS = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
+NEEDED = ("ratios", "seeds", "organs", "gin_probability", "ct_window")  # tuples, never empty
 LIMITS = {"depth": 12, "width": 4096, "patch": 4096, "sites": 10_000, "rounds": 10**6}
-NOT_COMPARED = ("out", "cache", "no_cache", "resume")  # a resumed run may change them
-# What a sentence explains; anything else is a bug.
-FORESEEN = (DataError, FloatingPointError, OSError)
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """One training of a run: an arm with a seed, at a ratio and with a share of GIN.
+
+    The arm's name is a key of fedgin.ARMS, the ratio one of fedgin.RATIOS.
+    """
+
+    seed: int
+    arm: str
+    ratio: str = ""  # MRI : CT training cases; empty where all take part
+    p: float | None = None  # share of the images that GIN transforms; None in arms without GIN
+
+    @property
+    def label(self) -> str:
+        """Its name in tables, which all seeds share: "fedgin 1:5 p=1", for instance."""
+        p = "" if self.p is None else f"p={str(self.p).removesuffix('.0')}"  # no two print alike
+        return " ".join(word for word in (self.arm, self.ratio, p) if word)
+
+    @property
+    def folder(self) -> str:
+        """The name of its folder: "fedgin-1-5-p1-seed42", for instance."""
+        name = self.label.replace(":", "-").replace("=", "").replace(" ", "-")
+        return f"{name}-seed{self.seed}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """What there is to tell of a round."""
+
+    round: int
+    losses: Mapping[str, float]  # by hospital
+    val_dice: Mapping[str, float]  # by modality; empty in a round without validation
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Best:
+    """The weights of the round with the highest validation Dice."""
+
+    val_dice: float = -math.inf
+    round: int = 0
+    weights: Mapping[str, Tensor] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """What a training has reached after a round; by default, before the first one."""
+
+    round: int = 0
+    weights: Mapping[str, Tensor] | None = None
+    best: Best = dataclasses.field(default_factory=Best)
+    history: tuple[Round, ...] = ()
 
 
 def flag(default: Any, text: str, scans: Any = None, **more: Any) -> Any:
@@ -52,11 +101,16 @@ class Config:
     mri: tuple[str, ...] = flag((), "folders of MRI scans, each a hospital", metavar="DIR")
     test: tuple[str, ...] = flag((), "folders to test on, never trained on", metavar="DIR")
     sites: int = flag(1, "hospitals into which each folder to train on, or the phantoms, is split")
-    organs: tuple[str, ...] = flag(ORGANS, "to segment", choices=ORGANS, metavar="ORGAN")
+    organs: tuple[str, ...] = flag(
+        ORGANS, "to segment: what the folders label, in any spelling", metavar="ORGAN"
+    )
     partial_labels: bool = flag(False, "let a hospital lack some organs, and train on those it has")
     layout: str = flag("", "of the folders, where one looks like two", choices=LAYOUTS)
     skip_bad: bool = flag(False, "leave out, and list, cases that cannot be used")
     spacing: float = flag(SPACING, "voxel size, mm, to which scans are resampled", scans=2.0)
+    ct_window: tuple[float, float] = flag(
+        NORMALIZATION["ct"], "to which CT is clipped, HU", nargs=2, metavar=("LOW", "HIGH")
+    )
     rounds: int = flag(20, "federated rounds", scans=100)
     local_steps: int = flag(
         30, "batches that a hospital trains each round, whatever its size", scans=50
@@ -82,39 +136,64 @@ class Config:
     out: str = flag("", "folder for the results (default: one in runs/)", metavar="DIR")
     cache: str = flag("", "for preprocessed scans (default: cache, beside --out)", metavar="DIR")
     no_cache: bool = flag(False, "keep preprocessed scans in memory instead")
-    resume: bool = flag(
-        False, "go on where the run in --out stopped, or extend it by seeds, arms, ratios or shares"
-    )
 
     def __post_init__(self) -> None:
-        kind = "phantoms" if self.on_phantoms else "scans"
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if value is None:
-                value = field.metadata[kind]
-            if get_args(field.type) and not isinstance(value, tuple | None):
-                value = tuple(value) if isinstance(value, list) else (value,)
-            object.__setattr__(self, field.name, value)
+                value = field.metadata["phantoms" if self.on_phantoms else "scans"]
+            object.__setattr__(self, field.name, _typed(field, value))
+        object.__setattr__(self, "organs", tuple(map(common_name, self.organs)))
+        if self.scenario == "limited":
+            for name, default in (("ratios", ("1:5",)), ("mri_cases", 2)):
+                if getattr(self, name) is None:
+                    object.__setattr__(self, name, default)
         out = Path(self.out or f"runs/{self.scenario}")
         object.__setattr__(self, "out", str(out))
         object.__setattr__(self, "cache", self.cache or str(out.parent / "cache"))
-        limited = {"ratios": ("1:5",), "mri_cases": 2} if self.scenario == "limited" else {}
-        for name, value in limited.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
         check(self)
 
     @property
     def on_phantoms(self) -> bool:
         return not (self.ct or self.mri)
 
+    def is_validated(self, round_: int) -> bool:
+        return round_ % self.val_every == 0 or round_ == self.rounds
+
+
+def _typed(field: dataclasses.Field, value: Any) -> Any:
+    """A field's value in the field's type; a single value for a tuple is taken as one of it."""
+    several, kind = get_args(field.type), (*get_args(field.type), field.type)[0]
+    if value is None:
+        return None
+    values = list(value) if isinstance(value, list | tuple) else [value]
+    if kind is float:
+        values = [float(v) if type(v) is int and abs(v) < 2**1023 else v for v in values]
+    if not all(type(v) is kind for v in values) or not (several or len(values) == 1):
+        raise ValueError(f"{flag_name(field)} must be {KINDS[kind]}, not {value!r}")
+    if not values and field.name in NEEDED:
+        raise ValueError(f"{flag_name(field)} names nothing; give one at least")
+    return tuple(values) if several else values[0]
+
+
+def flag_name(field: dataclasses.Field) -> str:
+    return "--" + field.name.replace("_", "-")
+
 
 def check(config: Config) -> None:
     """Raise ValueError, naming the flag, for a value that cannot work."""
+    _check_window(config.ct_window)
+    _check_organs(config)
     for field in dataclasses.fields(config):
-        value, name = getattr(config, field.name), "--" + field.name.replace("_", "-")
+        value, name = getattr(config, field.name), flag_name(field)
+        if isinstance(value, tuple) and "" in value:
+            raise ValueError(f"{name} has an empty name")
         if isinstance(value, tuple) and len(set(value)) < len(value):
             raise ValueError(f"{name} names something twice: {' '.join(map(str, value))}")
+        choices = field.metadata["more"].get("choices", ())
+        for chosen in value if isinstance(value, tuple) else (value,):
+            if choices and chosen and chosen not in choices:
+                raise ValueError(f"{name} {chosen}: is none of {', '.join(choices)}")
         if type(value) in (int, float):
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name} must be a positive number, not {value}")
@@ -139,6 +218,26 @@ def check(config: Config) -> None:
         raise ValueError("--test needs folders to train on; give --ct and --mri too")
     if config.scenario != "limited" and (config.ratios or config.mri_cases):
         raise ValueError("--ratios and --mri-cases are for --scenario limited")
+
+
+def _check_window(window: tuple[float, ...]) -> None:
+    if not (len(window) == 2 and -math.inf < window[0] < window[1] < math.inf):
+        shown = " ".join(map(str, window))
+        raise ValueError(f"--ct-window must be two numbers of HU, LOW below HIGH, not {shown}")
+
+
+def _check_organs(config: Config) -> None:
+    """Raise ValueError for names that no structure can have; folders say which they label."""
+    spelt = [spelling(organ) for organ in config.organs]
+    for organ, its in zip(config.organs, spelt, strict=True):
+        if its in ("", *NO_STRUCTURES) or not organ.isprintable():
+            raise ValueError(f"--organs {organ!r}: is no structure's name")
+        if config.on_phantoms and organ not in ORGANS:
+            raise ValueError(f"--organs {organ}: phantoms have {', '.join(ORGANS)} only")
+    if len(set(spelt)) < len(spelt):
+        raise ValueError(f"--organs names something twice: {' '.join(config.organs)}")
+    if len(spelt) > 255:
+        raise ValueError("--organs can be at most 255")
 
 
 def make_parser(
@@ -167,10 +266,10 @@ def make_parser(
         else:
             kind = (*get_args(field.type), field.type)[0]
             options["type"] = kind
-            options |= {"nargs": "+"} if kind is not field.type else {}
+            options = {"nargs": "+", **options} if kind is not field.type else options
             options.setdefault("metavar", {int: "N", float: "X"}.get(kind))
         help_ = field.metadata["text"] + _default(field)
-        group.add_argument("--" + field.name.replace("_", "-"), help=help_, **options)
+        group.add_argument(flag_name(field), help=help_, **options)
     return parser
 
 
@@ -190,60 +289,3 @@ def to_config(parser: argparse.ArgumentParser, args: argparse.Namespace, **fixed
         return Config(**settings)
     except ValueError as error:
         parser.error(str(error))
-
-
-def describe(config: Config, device: torch.device) -> str:
-    """What a run is, for the reader's eyes: its data first, then every setting."""
-    first = "FedGIN on scans"
-    if config.on_phantoms:
-        first = (
-            "FedGIN on PHANTOMS: without --ct and --mri it trains on synthetic volumes, whose "
-            "figures say nothing about patients"
-        )
-    settings = [
-        f"  {key:16} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
-        for key, value in dataclasses.asdict(config).items()
-        if value not in ((), "", None)
-    ]
-    return "\n".join([first, *settings, f"  {'device':16} {device}, torch {torch.__version__}"])
-
-
-def how_to_go_on(config: Config) -> str:
-    """What to say of a run that has ended early."""
-    if not (Path(config.out) / "config.json").exists():
-        return ""
-    return "\nFinished rounds are kept; the same command with --resume goes on."
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory was wanting; PyTorch has no exception of its own for that on the CPU."""
-    kinds = (MemoryError, torch.cuda.OutOfMemoryError)
-    return isinstance(error, kinds) or "can't allocate memory" in str(error)
-
-
-def run_command(name: str, work: Callable[[], int | None], hint: Callable[[], str] = str) -> int:
-    """Do a command's work and return its exit code; one line says what ended it, if something did.
-
-    2 for bad input, 1 for a run that failed, 130 for one that was stopped. Any other exception is a
-    bug, which keeps its traceback. hint() says how to go on, if one can.
-    """
-    for stream in (sys.stdout, sys.stderr):  # names of files may be no UTF-8
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):  # a shell's & has SIGINT ignored
-            signal.signal(number, signal.default_int_handler)
-    try:
-        return work() or 0
-    except KeyboardInterrupt:
-        print(f"\n{name}: stopped{hint()}", file=sys.stderr)
-        return 130
-    except Exception as error:
-        notes = "".join(f"{note}: " for note in reversed(getattr(error, "__notes__", [])))
-        if isinstance(error, DataError) and not notes:
-            print(f"{name}: {error}", file=sys.stderr)
-            return 2
-        if not isinstance(error, FORESEEN) and not is_out_of_memory(error):
-            raise
-        print(f"{name}: the run failed: {notes}{error}{hint()}", file=sys.stderr)
-        return 1

@@ -4,9 +4,9 @@ They let the whole program run without a scan. Anatomy has one distribution for 
 contrast differs, and in MRI it differs from case to case: the problem that FedGIN exists for. They
 are no substitute for patients, and a Dice measured on them says nothing about a clinic.
 
-    from phantom import phantom
-    image, labels = phantom(seed=42, modality="mri", index=0)  # (32, 32, 32) float32 and uint8
-    image, labels = phantom(42, "ct", 0, scanner="other")  # another patient on another scanner
+    from scans.phantom import make_phantom
+    image, labels = make_phantom(seed=42, modality="mri", index=0)  # (32, 32, 32) float32 and uint8
+    image, labels = make_phantom(42, "ct", 0, scanner="other")  # another patient on another scanner
 
 A hospital trains on its own scanner. The other one is for tests, as AMOS22 is to a network that was
 trained on TotalSegmentator; its anatomy has the same distribution. It was set from the literature
@@ -91,7 +91,7 @@ ANATOMY = (
 )  # fmt: skip
 
 
-def phantom(
+def make_phantom(
     seed: int, modality: str, index: int, scanner: str = "own"
 ) -> tuple[np.ndarray, np.ndarray]:
     """Make one case: the image, (SIZE, SIZE, SIZE) float32, and its labels, the same in uint8.

@@ -1,40 +1,14 @@
-"""What cases take, by their headers, and how many are read at once."""
+"""What a machine has left, how many jobs run at once, and what wanting memory looks like."""
 
 import math
 import threading
 import time
 
-import numpy as np
 import pytest
-from conftest import awkward_affine, save, truncate, write_totalsegmentator
+import torch
 
-import resources
-from data import load_case
-from datasets import ORGANS, find_cases
-from phantom import SPACING
-from resources import free_memory, grid_voxels, in_parallel, peak_bytes
-
-
-@pytest.mark.parametrize("affine", [None, awkward_affine((1.5, 2.5, 6.0), (-1, 1, -1), (1, 2, 0))])
-def test_the_header_tells_the_size_of_both_grids(affine, tmp_path):
-    write_totalsegmentator(tmp_path, "ct", 1, affine=affine)
-    [case] = find_cases(tmp_path)
-    for spacing in (2.0, 7.3, SPACING):
-        volume = load_case(case, ORGANS, spacing)
-        assert grid_voxels(case, spacing) == (32**3, volume.image.size)
-    assert grid_voxels(case, math.inf) == (32**3, 1)
-
-
-def test_a_file_without_a_header_takes_nothing(tmp_path):
-    cases = find_cases(write_totalsegmentator(tmp_path, "ct", 4))
-    cases[0].image.unlink()
-    cases[1].image.write_bytes(b"no NIfTI")
-    save(cases[2].image, np.ones((4, 5), np.float32))
-    assert [grid_voxels(case, 9.0) for case in cases[:3]] == [(0, 0)] * 3
-    truncate(cases[3].image)  # behind the header
-    assert grid_voxels(cases[3], 9.0) == (32**3, 32**3)
-    assert peak_bytes(cases, 9.0) == resources.PEAK * 2 * 32**3
-    assert peak_bytes([], 9.0) == 0
+from scans import machine
+from scans.machine import free_memory, in_background, in_parallel, is_out_of_memory
 
 
 def write(root, files):
@@ -66,8 +40,8 @@ def test_without_a_cgroup_of_its_own_the_containers_limit_counts(tmp_path):
 
 
 def most_at_once(monkeypatch, cores, free, peak):
-    monkeypatch.setattr(resources.os, "sched_getaffinity", lambda _: range(cores), raising=False)
-    monkeypatch.setattr(resources, "free_memory", lambda: free)
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: range(cores), raising=False)
+    monkeypatch.setattr(machine, "free_memory", lambda: free)
     at_once, seen, lock = [0], [], threading.Lock()
 
     def work(job):
@@ -101,12 +75,12 @@ def test_no_more_cases_are_read_at_once_than_cores_and_memory_hold(
 
 
 def test_a_newer_python_counts_the_cores_itself(monkeypatch):
-    monkeypatch.setattr(resources.os, "process_cpu_count", lambda: 3, raising=False)
+    monkeypatch.setattr(machine.os, "process_cpu_count", lambda: 3, raising=False)
     assert most_at_once(monkeypatch, 1, math.inf, 1) == 3
 
 
 def test_jobs_run_side_by_side_and_come_back_in_order(monkeypatch):
-    monkeypatch.setattr(resources.os, "sched_getaffinity", lambda _: range(3), raising=False)
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: range(3), raising=False)
     together = threading.Barrier(3, timeout=10)
 
     def work(job):
@@ -118,7 +92,7 @@ def test_jobs_run_side_by_side_and_come_back_in_order(monkeypatch):
 
 
 def test_whoever_stops_listening_cancels_the_jobs_to_come(monkeypatch):
-    monkeypatch.setattr(resources.os, "sched_getaffinity", lambda _: range(1), raising=False)
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: range(1), raising=False)
     done = []
 
     def work(job):
@@ -132,3 +106,61 @@ def test_whoever_stops_listening_cancels_the_jobs_to_come(monkeypatch):
     count = len(done)
     time.sleep(0.05)
     assert len(done) == count
+
+
+def test_running_out_of_memory_is_told_from_bugs():
+    wanting = [
+        MemoryError(),
+        torch.cuda.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate"
+        ),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("FIND was unable to find an engine to execute this computation"),
+        RuntimeError("GET was unable to find an engine to execute this computation"),
+    ]
+    assert all(map(is_out_of_memory, wanting))
+    others = RuntimeError("shapes differ"), OSError("no disk"), ValueError("out of memory")
+    assert not any(map(is_out_of_memory, others))
+
+
+def count(begun, n, failing_at=None):
+    for i in range(n):
+        if i == failing_at:
+            raise OSError("the disk is gone")
+        begun.append(i)
+        yield f"job {i}", (i,)
+
+
+def test_work_in_the_background_comes_back_in_order_and_little_is_begun_ahead():
+    threads, begun = set(), []
+
+    def work(i):
+        threads.add(threading.get_ident())
+        time.sleep(0.01 * (5 - i % 5))
+        return 10 * i
+
+    for i, found in enumerate(in_background(work, count(begun, 20))):
+        assert found == (f"job {i}", 10 * i)
+        assert len(begun) <= i + 3
+    assert i == 19
+    assert len(threads) == 2
+    assert threading.get_ident() not in threads
+
+
+@pytest.mark.parametrize("where", ["the jobs", "the work"])
+@pytest.mark.parametrize("n", [0, 1, 7])
+def test_what_fails_in_the_background_is_raised_behind_what_came_before(where, n):
+    def work(i):
+        if where == "the work" and i == n:
+            raise OSError("the disk is gone")
+        return i
+
+    jobs, found = count([], 20, n if where == "the jobs" else None), []
+    with pytest.raises(OSError, match="the disk is gone"):
+        for _, result in in_background(work, jobs):
+            found.append(result)
+    assert found == list(range(n))

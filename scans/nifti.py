@@ -1,29 +1,32 @@
-"""NIfTI volumes: read and verified, turned, resampled, and written on the grid they came from.
+"""NIfTI volumes: read and verified, turned, and written on the grid they came from.
 
 A scan is read in its closest canonical orientation: arrays run right, anterior, superior.
-
-    from nifti import read_nifti, resample_image
-    scan = read_nifti("s0000/ct.nii.gz")
-    image = resample_image(scan.voxels, scan.spacing, 2.0)  # cubic voxels of 2 mm
 """
 
 import gzip
 import io
+import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import nibabel
 import numpy as np
-import torch
 from nibabel.affines import voxel_sizes
 from nibabel.filebasedimages import ImageFileError
-from torch import Tensor
-from torch.nn import functional as F
+
+from data import resampled_size
 
 GZIP = b"\x1f\x8b"  # how such a file begins
+GEOMETRY = (  # fields of a header
+    *("pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d"),
+    *("qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z"),
+)
 LONGEST = 4000  # mm along an axis; more is no scan of a person
+SHEAR = 0.01  # cosine between two axes; more is no rounding
+UNITS = {1: ("metres", 1000.0), 3: ("micrometres", 0.001)}  # by xyzt_units; others are taken for mm
+SILENT = logging.Logger("silent", logging.CRITICAL + 1)  # nibabel's words name no file
 
 
 class Problem(NamedTuple):
@@ -43,13 +46,10 @@ class Scan(NamedTuple):
 
     voxels: np.ndarray  # (R, A, S) float32
     spacing: tuple[float, ...]  # mm
-    affine: np.ndarray  # of voxels
-    header: nibabel.Nifti1Header  # of the file, as its affine
+    affine: np.ndarray  # of voxels, to mm
+    header: nibabel.Nifti1Header  # of the file, as its affine, which may be in other units
     file_affine: np.ndarray
     problems: list[Problem]  # that do not keep it from being used
-
-
-# --------------------------------------------------------------------------------- reading, writing
 
 
 def read_nifti(path: str | Path) -> Scan:
@@ -59,8 +59,7 @@ def read_nifti(path: str | Path) -> Scan:
     before it.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ImageFileError("missing")
+    _check_file(path)
     try:
         content = path.read_bytes()
         if content[:2] == GZIP:
@@ -77,13 +76,29 @@ def read_nifti(path: str | Path) -> Scan:
     if not np.isfinite(voxels).all():
         n = int((~np.isfinite(voxels)).sum())
         raise ImageFileError(f"has {n} voxels that are NaN or infinite")
-    spacing = tuple(voxel_sizes(canonical.affine).tolist())
-    problems = _header_problems(path, file)
-    return Scan(voxels, spacing, canonical.affine, file.header, file.affine, problems)
+    affine = _to_mm(canonical.affine, file.header)
+    spacing = tuple(voxel_sizes(affine).tolist())
+    return Scan(voxels, spacing, affine, file.header, file.affine, _header_problems(path, file))
+
+
+def grid_voxels(path: Path, spacing: float) -> tuple[int, int]:
+    """Voxels of a scan, and of its grid of cubic voxels of `spacing` mm, by the header alone.
+
+    None of either for a file that has no header: what is wrong with it is said when it is read.
+    """
+    try:
+        header = read_header(path)
+    except ImageFileError:
+        return 0, 0
+    shape = header.get_data_shape()[:3]
+    affine = _to_mm(header.get_best_affine(), header)
+    size = resampled_size(shape, voxel_sizes(affine), spacing)
+    return math.prod(shape), math.prod(size)
 
 
 def read_header(path: Path) -> nibabel.Nifti1Header:
     """What a NIfTI file says of its voxels, without reading them; raises ImageFileError."""
+    _check_file(path)
     try:
         with path.open("rb") as file:
             zipped = file.read(2) == GZIP
@@ -97,25 +112,35 @@ def read_header(path: Path) -> nibabel.Nifti1Header:
     return header
 
 
+def _check_file(path: Path) -> None:
+    """Raise ImageFileError for what is no file; a pipe would keep its reader waiting for ever."""
+    if not path.exists():
+        raise ImageFileError("missing")
+    if not path.is_file():
+        raise ImageFileError("is no file but a folder, a pipe or a device")
+
+
 def _parse_header(file: Any) -> tuple[Any, nibabel.Nifti1Header]:
-    """The kind of NIfTI that an open file holds, and its header as it is."""
+    """The kind of NIfTI that an open file holds, and its header as nibabel mends it."""
     start = file.read(540)
     file.seek(0)
     for kind in (nibabel.Nifti1Image, nibabel.Nifti2Image):
         if kind.header_class.may_contain_header(start):
-            return kind, kind.header_class.from_fileobj(file, check=False)
+            header = kind.header_class.from_fileobj(file, check=False)
+            pixdim = header["pixdim"][1:4].tolist()
+            if not all(math.isfinite(mm) and mm > 0 for mm in pixdim):  # nibabel mends a 0
+                raise ImageFileError(f"voxel size {pixdim} mm is not positive")
+            header.check_fix(SILENT)
+            return kind, header
     raise ImageFileError("cannot be read: truncated, or no NIfTI file")
 
 
 def _verify(header: nibabel.Nifti1Header, n_bytes: float) -> None:
     """Raise ImageFileError for what a header of a file of n_bytes says and cannot be."""
     shape, dtype = header.get_data_shape(), header.get_data_dtype()
-    pixdim = header["pixdim"][1:4].tolist()  # as it is: nibabel mends a 0
-    affine = header.get_best_affine()
+    affine = _to_mm(header.get_best_affine(), header)
     problem = ""
-    if not all(math.isfinite(mm) and mm > 0 for mm in pixdim):
-        problem = f"voxel size {pixdim} mm is not positive"
-    elif len(shape) < 3 or min(shape) < 1 or math.prod(shape) != math.prod(shape[:3]):
+    if len(shape) < 3 or min(shape) < 1 or math.prod(shape) != math.prod(shape[:3]):
         problem = f"has shape {shape}; expected one 3D volume"
     elif dtype.kind not in "iuf":
         problem = f"holds {dtype}; expected one real number a voxel"
@@ -125,8 +150,18 @@ def _verify(header: nibabel.Nifti1Header, n_bytes: float) -> None:
         problem = "its affine is singular or not finite"
     elif max(voxel_sizes(affine) * shape[:3]) > LONGEST:
         problem = f"is {max(voxel_sizes(affine) * shape[:3]):.0f} mm long; expected millimetres"
+        problem += f", and its header says {_unit(header)[0]}" if _unit(header)[0] else ""
     if problem:
         raise ImageFileError(problem)
+
+
+def _unit(header: nibabel.Nifti1Header) -> tuple[str, float]:
+    return UNITS.get(int(header["xyzt_units"]) & 7, ("", 1.0))
+
+
+def _to_mm(affine: np.ndarray, header: nibabel.Nifti1Header) -> np.ndarray:
+    """An affine of a file, from the unit that its header states."""
+    return affine * np.array([[_unit(header)[1]]] * 3 + [[1.0]])
 
 
 def _header_problems(path: Path, file: nibabel.Nifti1Image) -> list[Problem]:
@@ -138,6 +173,16 @@ def _header_problems(path: Path, file: nibabel.Nifti1Image) -> list[Problem]:
     if s_code > 0 and q_code > 0 and corners_apart(sform, qform, file.shape[:3]):
         what = "its sform and qform put the volume at different places"
         problems.append(Problem(path, what, "the sform is used", True))
+    if s_code <= 0 and q_code <= 0:
+        what = "its header does not say where left and right are (sform and qform have code 0)"
+        problems.append(
+            Problem(path, what, "its axes are taken for left, anterior, superior", True)
+        )
+    axes = file.affine[:3, :3] / voxel_sizes(file.affine)
+    cosine = abs(axes.T @ axes - np.eye(3)).max()
+    if cosine > SHEAR:
+        what = f"its axes are {math.degrees(math.acos(cosine)):.1f}° apart, not 90° (gantry tilt?)"
+        problems.append(Problem(path, what, "distances in it are not exact", True))
     return problems
 
 
@@ -148,58 +193,18 @@ def corners_apart(a: np.ndarray, b: np.ndarray, shape: Sequence[int]) -> bool:
     return bool(distance > 0.5 * np.linalg.norm(a[:3, :3], axis=0).min())
 
 
-def write_nifti(path: Path, labels: np.ndarray, scan: Scan) -> None:
-    """Save a label map on a scan's voxels with the scan's own axes and header, whole or not at all.
+def to_nifti(labels: np.ndarray, scan: Scan) -> bytes:
+    """The content of a .nii.gz of a label map on a scan's voxels, with the scan's own axes.
 
-    labels: (R, A, S), as scan.voxels.
+    labels: (R, A, S), as scan.voxels. Of the scan's header nothing but its geometry is taken, as
+    the rest may tell who the patient is.
     """
     own = nibabel.orientations.io_orientation(scan.file_affine)
     turn = nibabel.orientations.ornt_transform(np.array([[0, 1], [1, 1], [2, 1]]), own)
     turned = nibabel.orientations.apply_orientation(labels, turn).astype(np.uint8)
-    header = scan.header.copy()
+    header = nibabel.Nifti1Header()
     header.set_data_dtype(np.uint8)
-    temporary = path.with_name(f"tmp-{path.name}")
-    try:
-        nibabel.save(nibabel.Nifti1Image(turned, scan.file_affine, header), temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-# --------------------------------------------------------------------------------------- resampling
-
-
-def resample_image(voxels: np.ndarray, spacing: Sequence[float], target: float) -> np.ndarray:
-    """Resample a volume (D, H, W) with voxels of `spacing` mm to cubic ones of `target` mm."""
-    size = resampled_size(voxels.shape, spacing, target)
-    return _resample(torch.from_numpy(voxels), size).numpy()
-
-
-def resampled_size(
-    shape: Sequence[int], spacing: Sequence[float], target: float
-) -> tuple[int, ...]:
-    """Cubic voxels of `target` mm that cover what `shape` voxels of `spacing` mm do; at least 1."""
-    return tuple(max(1, round(n * mm / target)) for n, mm in zip(shape, spacing, strict=True))
-
-
-def resample_labels(scores: Iterable[Tensor], size: Sequence[int]) -> np.ndarray:
-    """Interpolate one score map (D, H, W) a class linearly to `size`; return the best class, uint8.
-
-    With one-hot labels as scores it resamples a label map, with logits it brings a prediction back
-    to a scan's grid. Only one class is held at the new size beside the best so far.
-    """
-    resampled = (_resample(score, size) for score in scores)
-    best = next(resampled)
-    labels = torch.zeros(tuple(size), dtype=torch.uint8, device=best.device)
-    for label, score in enumerate(resampled, start=1):
-        better = score > best
-        best = torch.where(better, score, best)
-        labels[better] = label
-    return labels.cpu().numpy()
-
-
-def _resample(volume: Tensor, size: Sequence[int]) -> Tensor:
-    """Trilinear (D, H, W) → size over the same extent, voxels taken as cells with a centre."""
-    if tuple(volume.shape) == tuple(size):
-        return volume
-    return F.interpolate(volume[None, None], size=tuple(size), mode="trilinear")[0, 0]
+    for field in GEOMETRY:
+        header[field] = scan.header[field]
+    file = nibabel.Nifti1Image(turned, None, header)
+    return gzip.compress(file.to_bytes(), compresslevel=1, mtime=0)  # the same map, the same bytes

@@ -1,0 +1,1 @@
+"""Scans as they lie on disk: layouts, NIfTI files, checked and cached cases, phantoms."""

@@ -1,0 +1,1 @@
+"""What surrounds an experiment: settings, hospitals, devices, results, tables, the screen."""

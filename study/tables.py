@@ -1,0 +1,228 @@
+"""The tables a run ends in: scores by case and organ, boiled down over cases, organs and seeds.
+
+A number is the mean over organs of each organ's mean over cases; ± is the sample standard deviation
+over seeds. A score is a dict with the keys of SCORE; what is not scored has NaN for its metrics.
+"""
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from study.config import Training
+
+METRICS = ("dice", "hd95", "nsd")
+TRAINING = ("seed", "arm", "ratio", "p")
+SCORE = (*TRAINING, "hospital", "scanner", "case", "modality", "organ", "outcome", *METRICS)
+SCANNERS = {"own": "of the hospitals that train", "other": "of others"}
+Score = Mapping[str, Any]
+Cell = tuple[float, float]  # a mean and its deviation over seeds
+
+
+def mean(values: Iterable[float]) -> float:
+    """Mean of the values that are not NaN; NaN if there is none."""
+    scored = [value for value in values if not math.isnan(value)]
+    return statistics.fmean(scored) if scored else math.nan
+
+
+def score_rows(about: Score, scores: Mapping[str, Mapping]) -> list[dict[str, Any]]:
+    """What score_case gives for a case, as dicts with the keys of SCORE, one an organ."""
+    nothing = dict.fromkeys(METRICS, math.nan)
+    return [{**about, "organ": organ, **nothing, **found} for organ, found in scores.items()]
+
+
+def parse_score(row: Mapping[str, str]) -> dict[str, Any]:
+    """A score as it is read from a CSV file; raises ValueError or KeyError for another row."""
+    score: dict[str, Any] = {key: row[key] for key in SCORE}
+    score["seed"], score["p"] = int(row["seed"]), float(row["p"]) if row["p"] else None
+    for metric in METRICS:
+        score[metric] = float(row[metric]) if row[metric] else math.nan
+    return score
+
+
+def training_of(score: Score) -> Training:
+    return Training(score["seed"], score["arm"], score["ratio"], score["p"])
+
+
+def summarize(scores: Iterable[Score], organs: Sequence[str]) -> dict[str, dict[tuple, Cell]]:
+    """Boil scores down to {label of a training: {column: (mean, standard deviation over seeds)}}.
+
+    Columns: (metric, modality), the mean over organs of each organ's mean over cases; (organ,
+    modality), its Dice; ("scored", modality), organs of cases that are scored, missed ones
+    included, and ("missed", modality), ("absent", modality): counts. The deviation is the sample's,
+    NaN with one seed.
+    """
+    by_label: dict[str, dict[int, list[Score]]] = {}
+    for score in scores:
+        label = training_of(score).label
+        by_label.setdefault(label, {}).setdefault(score["seed"], []).append(score)
+    summary: dict[str, dict[tuple, Cell]] = {}
+    for label, by_seed in by_label.items():
+        rows = [_columns(group, organs) for group in by_seed.values()]
+        summary[label] = {}
+        for column in rows[0]:
+            values = [row[column] for row in rows if not math.isnan(row[column])]
+            spread = statistics.stdev(values) if len(values) > 1 else math.nan
+            summary[label][column] = mean(values), spread
+    return summary
+
+
+def _columns(scores: Sequence[Score], organs: Sequence[str]) -> dict[tuple, float]:
+    """The columns of summarize for one training."""
+    columns: dict[tuple, float] = {}
+    for m in ("mri", "ct"):
+        found = [score for score in scores if score["modality"] == m]
+        for metric in METRICS:
+            by_organ = [mean(s[metric] for s in found if s["organ"] == organ) for organ in organs]
+            columns[metric, m] = mean(by_organ)
+            if metric == "dice":
+                columns.update({(o, m): d for o, d in zip(organs, by_organ, strict=True)})
+        counts = Counter(score["outcome"] for score in found)
+        columns["scored", m] = counts["scored"] + counts["missed"]
+        columns["missed", m], columns["absent", m] = counts["missed"], counts["absent"]
+    return columns
+
+
+# --------------------------------------------------------------------------------------- Markdown
+
+
+def screen(scores: Sequence[Score], organs: Sequence[str]) -> str:
+    """What a run ends with: a row an arm, and FedGIN's differences to the others."""
+    tested = {(score["scanner"], score["modality"]) for score in scores}
+    columns = [(s, m) for s in SCANNERS for m in ("mri", "ct") if (s, m) in tested]
+    scanners = list(dict.fromkeys(scanner for scanner, _ in columns))
+    rows = [["Dice", *(f"{m.upper()} {scanner}" for scanner, m in columns), "missed"]]
+    summaries = {scanner: summarize(_of_scanner(scores, scanner), organs) for scanner in scanners}
+    for label in dict.fromkeys(training_of(score).label for score in scores):
+        own = [score for score in scores if training_of(score).label == label]
+        missed = sum(score["outcome"] == "missed" for score in own)
+        dices = [_cell(summaries[scanner][label]["dice", m]) for scanner, m in columns]
+        rows.append([label, *dices, str(missed)])
+    compared = ""
+    if scanners:
+        compared = comparisons(_of_scanner(scores, scanners[0]), f", {scanners[0]}")
+    return "\n\n".join(filter(None, [_markdown(rows), compared]))
+
+
+def _of_scanner(scores: Iterable[Score], scanner: str) -> list[Score]:
+    return [score for score in scores if score["scanner"] == scanner]
+
+
+def details(scores: Sequence[Score], organs: Sequence[str]) -> str:
+    """All tables of a run: of test cases of the hospitals that train, then of others."""
+    parts = []
+    for scanner, what in SCANNERS.items():
+        found = _of_scanner(scores, scanner)
+        if found:
+            names = ", ".join(dict.fromkeys(score["hospital"] for score in found))
+            parts += [f"### Scanners {what}: {names}", tables(found, organs), comparisons(found)]
+    return "\n\n".join(filter(None, parts))
+
+
+def tables(scores: Sequence[Score], organs: Sequence[str]) -> str:
+    """Dice and counts, surface metrics, and Dice by organ: Markdown tables, a row an arm."""
+    dices = [["arm", "MRI Dice", "CT Dice", "scored MRI / CT", "missed", "absent"]]
+    surfaces = [["arm", "MRI HD95 mm", "CT HD95 mm", "MRI NSD", "CT NSD"]]
+    by_organ = [["MRI / CT Dice", *organs]]
+    for label, row in summarize(scores, organs).items():
+        counts = [_pair(row, outcome, 0) for outcome in ("scored", "missed", "absent")]
+        dices.append([label, _cell(row["dice", "mri"]), _cell(row["dice", "ct"]), *counts])
+        distances = [_cell(row["hd95", m], 1) for m in ("mri", "ct")]
+        surfaces.append([label, *distances, *(_cell(row["nsd", m]) for m in ("mri", "ct"))])
+        by_organ.append([label, *(_pair(row, organ, 2) for organ in organs)])
+    return "\n\n".join(_markdown(table) for table in (dices, surfaces, by_organ))
+
+
+def _cell(value: Cell, digits: int = 3) -> str:
+    number, spread = value
+    if math.isnan(number):
+        return "–"
+    deviation = "" if math.isnan(spread) else f" ± {spread:.{digits}f}"
+    return f"{number:.{digits}f}{deviation}"
+
+
+def _pair(row: Mapping[tuple, Cell], column: str, digits: int) -> str:
+    return " / ".join(_cell((row[column, m][0], math.nan), digits) for m in ("mri", "ct"))
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table that is aligned to be read in a terminal."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
+    rule = "| " + " | ".join("-" * width for width in widths) + " |"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+# ------------------------------------------------------------------------------------- comparisons
+
+
+def comparisons(scores: Sequence[Score], of: str = "") -> str:
+    """A table of FedGIN against FL, local training and centralized+gin, the paper's comparisons.
+
+    The difference in Dice on the same test cases at the same ratio and p, with its 95 % interval.
+    Empty without such arms.
+    """
+    groups: dict[Training, list[Score]] = {}
+    for score in scores:
+        key = Training(0, score["arm"], score["ratio"], score["p"])  # of all seeds
+        groups.setdefault(key, []).append(score)
+    rows = [[f"difference in Dice{of} [95 %]", "MRI", "CT"]]
+    for fedgin in (key for key in groups if key.arm == "fedgin"):
+        peers = [
+            Training(0, "mri-only"),
+            Training(0, "ct-only", fedgin.ratio),
+            Training(0, "fl", fedgin.ratio),
+            Training(0, "centralized+gin", fedgin.ratio, fedgin.p),
+        ]
+        for peer in (key for key in groups if key in peers):
+            row = [f"{fedgin.label} − {peer.arm}"]
+            for modality in ("mri", "ct"):
+                low, middle, high = paired_difference(groups[fedgin], groups[peer], modality)
+                mark = "*" if low <= 0 <= high else ""
+                shown = f"{middle:+.3f} [{low:.3f}, {high:.3f}]{mark}"
+                row.append("–" if math.isnan(low) else shown)
+            rows.append(row)
+    if len(rows) == 1:
+        return ""
+    note = "\n\n\\* not distinguishable: the interval spans 0" if "*" in str(rows) else ""
+    return _markdown(rows) + note
+
+
+def paired_difference(
+    a: Iterable[Score], b: Iterable[Score], modality: str
+) -> tuple[float, float, float]:
+    """(low, difference, high) of an arm's Dice over another arm's on the test cases of both.
+
+    The difference of a case and organ is averaged over seeds, then over cases, then over organs.
+    The interval is the 95 % percentile bootstrap over cases (Efron & Tibshirani 1993), 2,000 draws
+    of a generator with a fixed seed. NaN with fewer than two cases.
+    """
+    dice_a, dice_b = (
+        {
+            (score["hospital"], score["case"], score["organ"], score["seed"]): score["dice"]
+            for score in scores
+            if score["modality"] == modality
+        }
+        for scores in (a, b)
+    )
+    by_case: dict[tuple, dict[str, list[float]]] = {}
+    for key, dice in dice_a.items():
+        hospital, case, organ, _ = key
+        difference = dice - dice_b.get(key, math.nan)
+        if not math.isnan(difference):
+            of_case = by_case.setdefault((hospital, case), {})
+            of_case.setdefault(organ, []).append(difference)
+    if len(by_case) < 2:
+        return math.nan, math.nan, math.nan
+    organs = sorted({organ for found in by_case.values() for organ in found})
+    differences = np.array([[mean(c.get(o, ())) for o in organs] for c in by_case.values()])
+    cases = np.random.default_rng(0).integers(len(differences), size=(2000, len(differences)))
+    drawn = np.concatenate([differences[None], differences[cases]])  # (draws, cases, organs)
+    n = np.isfinite(drawn).sum(axis=1)
+    by_organ = np.divide(np.nansum(drawn, axis=1), n, out=np.full(n.shape, np.nan), where=n > 0)
+    means = np.nanmean(by_organ, axis=1)
+    low, high = np.percentile(means[1:], (2.5, 97.5))
+    return float(low), float(means[0]), float(high)

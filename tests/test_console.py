@@ -1,0 +1,350 @@
+"""What the screen shows of a run, on a terminal and in a pipe, what ends it, and exit codes."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from federated import Client
+from scans.files import DataError
+from study import console
+from study.config import Best, Config, Round, Training
+from study.console import (
+    Progress,
+    describe,
+    describe_hospitals,
+    explain,
+    is_foreseen,
+    run_command,
+    use_any_characters,
+)
+from study.hospitals import Hospital
+
+ROOT = Path(__file__).parent.parent
+SCANS = {"ct": ("ct_set",), "mri": ("mri_set",)}
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that pass when the test says so."""
+    now = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    return now
+
+
+def done(**val_dice):
+    return Round(1, {"mri": 0.5, "ct": 1.012}, val_dice, 1.0)
+
+
+# ---------------------------------------------------------------------------------------- progress
+
+
+def test_in_a_pipe_each_round_is_a_line_with_the_time_left(clock, capsys):
+    with Progress(total=8, n_trainings=2) as run, run.attempt("fl, seed 1"):
+        for item in run.watch("ab", "round 1 of 4"):
+            clock[0] += 10
+            assert item in "ab"
+        run.show_round(done(mri=0.25))
+        list(run.watch("cd", "round 2 of 4"))
+        run.show_round(done(ct=0.5))
+        run.show_round(done(mri=0.25, ct=0.5))
+        run.show_round(done())
+        run.say("fl: a word")
+    out, err = capsys.readouterr()
+    assert err.splitlines() == [
+        "training 1 of 2 (fl, seed 1), round 1 of 4: loss 0.76, MRI 0.25; 01:00 left",
+        "training 1 of 2 (fl, seed 1), round 2 of 4: loss 0.76, CT 0.50; 00:20 left",
+        "training 1 of 2 (fl, seed 1), round 2 of 4: loss 0.76, MRI 0.25, CT 0.50; 00:20 left",
+        "training 1 of 2 (fl, seed 1), round 2 of 4: loss 0.76; 00:20 left",
+        "fl: a word",
+    ]
+    assert out == ""
+    assert "\r" not in err
+
+
+def test_on_a_terminal_there_is_one_bar_that_moves_with_every_step(monkeypatch):
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    with Progress(total=4, n_trainings=12) as run:
+        run._bar.mininterval, run._bar.dynamic_ncols = 0, lambda _: (100, 24)
+        with run.attempt("centralized+gin 1:5 p=0.5, seed 123"):
+            list(run.watch(range(2), "round 20 of 20"))
+            run.show_round(done(mri=0.25, ct=0.5))
+            list(run.watch(range(2), "testing"))
+            assert (run._bar.n, run.done) == (4, 4)
+    shown = [line for line in screen.getvalue().split("\r") if line.strip()]
+    assert all(len(line.rstrip("\n")) <= 100 for line in shown)
+    place = "training 1/12 (centralized+gin 1:5 p=0.5, seed 123), round 20/20 |"
+    assert any(place in line for line in shown)
+    assert "MRI 0.25, CT 0.50" in shown[-1]
+    assert "testing |" in shown[-1]
+    assert "00:00 left" in shown[-1]
+
+
+def test_a_step_is_counted_once_an_item_has_been_worked_on():
+    with Progress(total=3) as run:
+        items = iter(run.watch("abc"))
+        seen = []
+        for item in items:
+            seen.append((item, run.done))
+        assert (seen, run.done) == ([("a", 0), ("b", 1), ("c", 2)], 3)
+        assert list(run.watch([])) == []
+        assert run.done == 3
+
+
+def test_what_is_watched_may_be_gone_through_again():
+    """As validation cases are, in each round."""
+    with Progress(total=6) as run:
+        watched = run.watch("abc")
+        assert [*watched, *watched] == [*"abcabc"]
+        assert run.done == 6
+
+
+def test_batches_and_validation_cases_of_a_training_are_steps(capsys):
+    def loss(logits, target):
+        raise AssertionError
+
+    def batches(round_):
+        return iter([f"{round_}a", f"{round_}b"])
+
+    clients = {"mri": Client(3, batches, loss), "ct": Client(7, batches, loss)}
+    with Progress(total=20) as run, run.attempt("fl"):
+        watched, held_out = run.watch_training(clients, ["x", "y", "z"], rounds=5)
+        assert {name: client.n_k for name, client in watched.items()} == {"mri": 3, "ct": 7}
+        assert all(client.loss_function is loss for client in watched.values())
+        assert list(watched["ct"].batches(4)) == ["4a", "4b"]
+        assert list(watched["mri"].batches(2)) == ["2a", "2b"]
+        assert run.done == 4
+        assert list(held_out) == ["x", "y", "z"]
+        assert run.done == 7
+        run.show_round(done())
+    assert capsys.readouterr().err.startswith("training 1 of 1 (fl), round 2 of 5: ")
+
+
+def test_the_weights_that_are_kept_are_named(capsys):
+    with Progress(total=1) as run, run.attempt("fl, seed 1"):
+        run.show_choice(Best(0.456, 7, {}))
+        run.show_choice(Best(float("nan"), 9, {}))
+    name = "training 1 of 1 (fl, seed 1)"
+    assert capsys.readouterr().err.splitlines() == [
+        f"{name}: the weights of round 7, validation Dice 0.46 are kept",
+        f"{name}: no validation case holds an organ; the last weights are kept",
+    ]
+
+
+def test_what_fails_foreseeably_is_said_and_the_next_follows(capsys):
+    errors = {
+        "a": FloatingPointError("the loss is nan"),
+        "b": None,
+        "c": OSError(28, "No space left on device"),
+        "d": torch.cuda.OutOfMemoryError("CUDA out of memory"),
+        "e": DataError("x.npy: is damaged"),
+    }
+    errors["a"].add_note("round 3, hospital mri")
+    with Progress(total=1, n_trainings=5) as run:
+        for name, error in errors.items():
+            with run.attempt(name):
+                if error:
+                    raise error
+                run.say(run.name)
+    failed = [
+        "a: round 3, hospital mri: the loss is nan",
+        "c: [Errno 28] No space left on device",
+        "d: CUDA out of memory",
+        "e: x.npy: is damaged",
+    ]
+    assert run.failed == failed
+    lines = [f"FAILED: {line}" for line in failed]
+    lines.insert(1, "training 2 of 5 (b)")
+    assert capsys.readouterr().err.splitlines() == lines
+
+
+@pytest.mark.parametrize("bug", [ValueError("x"), RuntimeError("mat1"), KeyboardInterrupt()])
+def test_a_bug_ends_all_and_says_where_it_was(bug, capsys):
+    with pytest.raises(type(bug)) as caught, Progress(total=1) as run, run.attempt("fl, seed 1"):
+        raise bug
+    assert caught.value is bug
+    if isinstance(bug, Exception):
+        assert bug.__notes__ == ["fl, seed 1"]
+    assert run.failed == []
+    assert capsys.readouterr().err == ""
+
+
+# ------------------------------------------------------------------------------------- what is said
+
+
+def test_a_run_is_described_by_its_data_and_its_settings():
+    device = torch.device("cpu")
+    lines = describe(Config(seeds=(1, 2)), device).splitlines()
+    assert "PHANTOMS" in lines[0]
+    assert "say nothing about patients" in lines[0]
+    assert ["seeds", "1", "2"] in [line.split() for line in lines]
+    assert ["rounds", "20"] in [line.split() for line in lines]
+    assert ["ratios", "1:5"] in [line.split() for line in lines]
+    assert lines[-1].split() == ["device", "cpu,", "torch", torch.__version__]
+    lines = describe(Config(**SCANS, scenario="complete"), device).splitlines()
+    assert lines[0] == "FedGIN on scans"
+    assert ["ct", "ct_set"] in [line.split() for line in lines]
+    assert not {"ratios", "mri_cases"} & {line.split()[0] for line in lines}
+
+
+def test_shares_say_who_trains_on_what():
+    everyone = [
+        Hospital("mri", "mri", [0] * 3, [0], []),
+        Hospital("ct", "ct", [0] * 9, [], [0] * 2),
+    ]
+    chosen = {
+        Training(1, "fl", "1:1"): {"mri": [0] * 3, "ct": [0] * 3},
+        Training(2, "fl", "1:1"): {"mri": [0] * 3, "ct": [0] * 3},
+        Training(1, "centralized+gin", "1:5", 0.25): {"mri": [0], "ct": [0] * 5},
+    }
+    assert describe_hospitals(everyone, chosen).splitlines() == [
+        "mri: 3 cases to train, 1 to validate, 0 to test",
+        "ct: 9 cases to train, 0 to validate, 2 to test",
+        "fl 1:1:                     training cases: mri 3, ct 3",
+        "centralized+gin 1:5 p=0.25: training cases: mri 1, ct 5",
+    ]
+
+
+def test_an_error_is_explained_from_the_outside_in():
+    error = DataError("missing")
+    assert explain(error) == "missing"
+    error.add_note("round 3")
+    error.add_note("fl, seed 1")
+    assert explain(error) == "fl, seed 1: round 3: missing"
+
+
+def test_what_is_foreseen():
+    foreseen = [DataError(), FloatingPointError(), OSError(), ConnectionError(), MemoryError()]
+    assert all(map(is_foreseen, foreseen))
+    bugs = [ValueError(), RuntimeError("x"), KeyError(), AssertionError(), ArithmeticError()]
+    assert not any(map(is_foreseen, bugs))
+
+
+def test_streams_print_what_a_terminal_cannot_show():
+    code = (
+        "from study.console import use_any_characters\n"
+        "use_any_characters()\n"
+        "import sys\n"
+        "print('s\\udcff α')\n"
+        "print('s\\udcff α', file=sys.stderr)\n"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    args = [sys.executable, "-c", code]
+    found = subprocess.run(args, cwd=ROOT, env=environment, capture_output=True)
+    assert found.returncode == 0
+    assert found.stdout == found.stderr == b"s\\udcff \\u03b1\n"
+
+
+def test_streams_that_are_no_files_are_left_alone(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    use_any_characters()
+    print("α")
+    assert sys.stdout.getvalue() == "α\n"
+
+
+# --------------------------------------------------------------------------------------- exit codes
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """run_command changes what SIGTERM does."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def raising(error, *notes):
+    def work():
+        for note in notes:
+            error.add_note(note)
+        raise error
+
+    return work
+
+
+def test_work_that_is_done_gives_its_own_code():
+    assert run_command("x.py", lambda: None) == 0
+    assert run_command("x.py", lambda: 3) == 3
+
+
+def test_bad_input_takes_one_line_and_exit_code_2(capsys):
+    assert run_command("x.py", raising(DataError("a/b.nii.gz: missing"))) == 2
+    assert capsys.readouterr().err == "x.py: a/b.nii.gz: missing\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (DataError("case s1: cannot be read"), "case s1: cannot be read"),
+        (FloatingPointError("the loss is nan"), "the loss is nan"),
+        (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
+        (ConnectionError("rank 1 is gone"), "rank 1 is gone"),
+        (MemoryError("no memory"), "no memory"),
+        (torch.cuda.OutOfMemoryError("CUDA out of memory"), "CUDA out of memory"),
+        (RuntimeError("[enforce fail] can't allocate memory"), "[enforce fail] can't allocate"),
+    ],
+)
+def test_a_run_that_failed_says_where_and_takes_exit_code_1(error, message, capsys):
+    notes = "round 3, hospital mri", "seed 1, arm fl"
+    assert run_command("x.py", raising(error, *notes), "\nand so on") == 1
+    said, hint = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"x.py: the run failed: {notes[1]}: {notes[0]}: {message}")
+    assert hint == "and so on"
+
+
+@pytest.mark.parametrize(
+    "bug",
+    [AttributeError("no such layer"), RuntimeError("mat1 and mat2"), ValueError("x"), KeyError()],
+)
+def test_a_bug_keeps_its_traceback(bug, capsys):
+    with pytest.raises(type(bug)) as caught:
+        run_command("x.py", raising(bug, "round 1, hospital mri"))
+    assert caught.value is bug
+    assert caught.value.__notes__ == ["round 1, hospital mri"]
+    assert capsys.readouterr().err == ""
+
+
+def wait_to_be_stopped():
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        time.sleep(0.01)
+    pytest.fail("nobody stopped it")
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_stopped_says_how_to_go_on(stop, capsys):
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), stop))
+    timer.start()
+    assert run_command("x.py", wait_to_be_stopped, "; and so on") == 130
+    timer.join()
+    assert capsys.readouterr().err.strip() == "x.py: stopped; and so on"
+
+
+def test_a_thread_may_run_a_command(capsys):
+    codes = []
+    thread = threading.Thread(
+        target=lambda: codes.append(run_command("x.py", raising(DataError("bad"))))
+    )
+    thread.start()
+    thread.join()
+    assert codes == [2]
+
+
+def test_bad_input_in_the_middle_of_a_run_is_a_run_that_failed(capsys):
+    """A note tells it: a damaged entry of the cache, not a wrong argument."""
+    assert run_command("x.py", raising(DataError("a: is damaged"), "case s1"), "; so on") == 1
+    assert capsys.readouterr().err == "x.py: the run failed: case s1: a: is damaged; so on\n"
