@@ -1,4 +1,4 @@
-"""check.py as a user meets it: every problem of some folders in one pass, and what they hold."""
+"""scripts.check as a user meets it: every problem of some folders, and what they hold."""
 
 import json
 import os
@@ -21,10 +21,11 @@ from conftest import (
     write_totalsegmentator,
 )
 
-import check
-from data import load_case
-from datasets import ORGANS, DataError, find_cases
-from phantom import SPACING, phantom
+from scans.cases import load_case
+from scans.files import DataError
+from scans.layouts import ORGANS, find_cases
+from scans.phantom import SPACING, make_phantom
+from scripts import check
 
 
 def run(*args):
@@ -76,11 +77,27 @@ def test_it_takes_no_offence_at_rounding_in_affines(tmp_path, capsys):
     assert "by their affines" not in capsys.readouterr().out
 
 
-def test_it_mentions_cases_known_to_be_bad(tmp_path, capsys):
-    write_totalsegmentator(tmp_path, "ct", 1)
-    (tmp_path / "s0000").rename(tmp_path / "s0864")
+@pytest.mark.parametrize(
+    ("write", "name", "known", "what"),
+    [
+        (write_totalsegmentator, "s0000", "s0864", "is corrupt or has impossible values"),
+        (write_totalsegmentator, "s0000", "s0001", "is rotated against its labels"),
+        (write_totalsegmentator, "s0000", "s0044", "is rotated against its labels"),
+        (write_totalsegmentator, "s0000", "s0067", "is rotated against its labels"),
+        (write_amos, "amos_0501", "amos_0540", "has a scale factor"),
+    ],
+)
+def test_it_mentions_cases_known_to_be_bad(write, name, known, what, tmp_path, capsys):
+    write(tmp_path, "mri", 1)
+    for path in list(tmp_path.rglob(f"{name}*")):
+        path.rename(path.with_name(path.name.replace(name, known)))
     assert run(tmp_path) == 0
-    assert "s0864/ct.nii.gz: s0864 is corrupt" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f": {known} {what}" in shown
+    assert "; it is used if nothing else is wrong\n" in shown
+    assert "MRI: 1 of 1 cases usable" in shown
+    [case] = find_cases(tmp_path)
+    assert check.inspect(case._replace(layout="nnunet"))["problems"] == []
 
 
 def test_it_reports_everything_in_one_pass(tmp_path, capsys):
@@ -112,7 +129,7 @@ def test_it_reports_everything_in_one_pass(tmp_path, capsys):
     assert (usable["id"], usable["modality"]) == ("s0001", "ct")
     assert usable["spacing"] == [SPACING] * 3
     assert usable["size"] == [32, 32, 32]
-    labels = phantom(1, "ct", 1)[1]
+    labels = make_phantom(1, "ct", 1)[1]
     assert usable["voxels"] == {o: (labels == n).sum() for n, o in enumerate(ORGANS, start=1)}
     [missing] = found[folders[1]]["problems"]
     assert (missing["what"], missing["usable"]) == ("no such folder", False)
@@ -130,7 +147,7 @@ def test_it_sums_up_what_a_folder_holds(tmp_path, capsys):
     array[array == 10] = 0
     edit(path, array)
     assert run(tmp_path) == 1
-    first, third = phantom(1, "ct", 0)[1][2:], phantom(1, "ct", 2)[1]
+    first, third = make_phantom(1, "ct", 0)[1][2:], make_phantom(1, "ct", 2)[1]
     low, high = sorted(((first == 1).sum(), (third == 1).sum()))
     lines = [line for line in capsys.readouterr().out.splitlines() if "cannot be read" not in line]
     assert lines[1:4] == [
@@ -176,7 +193,7 @@ def test_bad_flags_end_with_exit_code_2(args, message, capsys):
         run(*args)
     assert end.value.code == 2
     error = capsys.readouterr().err.splitlines()
-    assert error[0].startswith("usage: ")
+    assert error[0] == "usage: python -m scripts.check DIR [DIR …] [options]"
     assert message in error[-1]
 
 
@@ -185,8 +202,8 @@ def test_a_name_that_is_no_utf_8_is_printed_all_the_same(tmp_path):
     odd = os.fsencode(tmp_path / "set") + b"/s\xff"
     (tmp_path / "set/s0000").rename(os.fsdecode(odd))
     (Path(os.fsdecode(odd)) / "ct.nii.gz").write_bytes(b"junk")
-    args = [sys.executable, str(Path(check.__file__)), "set"]
-    done = subprocess.run(args, cwd=tmp_path, capture_output=True)
+    args = [sys.executable, "-m", "scripts.check", str(tmp_path / "set")]
+    done = subprocess.run(args, cwd=Path(__file__).parent.parent, capture_output=True)
     assert done.returncode == 1
     assert b"ct.nii.gz: cannot be read" in done.stdout
     assert b"Traceback" not in done.stderr
@@ -198,4 +215,15 @@ def test_ctrl_c_ends_it_without_a_traceback(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(check, "check_folder", stop)
     assert check.main([str(tmp_path)]) == 130
-    assert capsys.readouterr().err == "\ncheck.py: stopped\n"
+    assert capsys.readouterr().err == "\ncheck: stopped\n"
+
+
+def test_who_has_seen_enough_of_it_may_close_the_pipe(ct_folder):
+    """As `| head` does, which is no failed run."""
+    command = [sys.executable, "-m", "scripts.check", str(ct_folder), "--json"]
+    with subprocess.Popen(
+        command, cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0

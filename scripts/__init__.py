@@ -1,0 +1,1 @@
+"""Further commands: python -m scripts.NAME, from the project's folder."""
