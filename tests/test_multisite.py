@@ -5,47 +5,57 @@ import functools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import truncate, write_nnunet, write_totalsegmentator
-from torch import distributed
+from ranks import alone, together
 
 import data
 import fedgin
-import multisite
-from config import Config
-from datasets import ORGANS, DataError
-from federated import weighted_average
-from hospitals import Hospital
-from multisite import PeerError, Peers
+from scans import files
+from scans.cases import PreparedCase
+from scans.files import DataError
+from scans.layouts import ORGANS
+from scripts import multisite
+from study.config import Best, Checkpoint, Config, Training
+from study.hospitals import Hospital, load_hospitals, validation_cases
+from study.results import RunFolder
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--rounds", "3", "--local-steps", "1", "--batch-size", "2", "--width", "2", "--depth", "2"]
 TINY += ["--patch", "32", "--spacing", "12", "--val-every", "1", "--gin-probability", "1"]
 MODALITY = {"north": "mri", "south": "mri", "west": "ct"}
 
-# What a rank runs that is to fail: multisite.py with an action before the n-th call of a function.
+TRAINING = Training(42, "fedgin", p=1.0)
+CPU = torch.device("cpu")
+
+# What a rank runs that is to fail: the command with an action before the n-th call of a function.
+# The function's name is left in a file then: a patch that nobody calls would prove nothing.
 WORKER = """
 import os, runpy, signal, time
-import fedgin, hospitals, results
-from datasets import DataError
+import federated, fedgin
+from scans.files import DataError
+from study import hospitals
+from study.trainings import TrainingFolder
 
 def before(owner, name, action, call=1):
     function, calls = getattr(owner, name), []
+
     def wrapper(*args, **kwargs):
         calls.append(name)
         if len(calls) == call:
+            with open("patched", "a") as file:
+                file.write(f"{{name}}\\n")
             action()
         return function(*args, **kwargs)
     setattr(owner, name, wrapper)
@@ -69,7 +79,7 @@ def refuse():
     raise DataError("west/s0004: cannot be read; fetch it again")
 
 {patch}
-runpy.run_path({script!r}, run_name="__main__")
+runpy.run_module("scripts.multisite", run_name="__main__", alter_sys=True)
 """
 
 
@@ -137,7 +147,7 @@ class Launcher:
     """Starts ranks, and ends those that a test left behind."""
 
     def __init__(self, root, sites):
-        self.root, self.sites, self.ranks = root, sites, []
+        self.root, self.sites, self.ranks, self.patched = root, sites, [], []
 
     def __call__(
         self, *args, names=("north", "west"), own=None, patches=None, options=(), inside=None
@@ -150,29 +160,32 @@ class Launcher:
             folder.mkdir(exist_ok=True)
             if not (folder / name).exists():
                 (folder / name).symlink_to(self.sites / name)
-            script = ROOT / "multisite.py"
+            program = ["-m", "scripts.multisite"]
             if name in (patches or {}):
-                text = WORKER.format(patch=patches[name], script=str(script))
-                script = folder / "worker.py"
-                script.write_text(text)
+                program = [folder / "worker.py"]
+                program[0].write_text(WORKER.format(patch=patches[name]))
+                called = re.findall(r"before\([\w.]+, '(\w+)'", patches[name])
+                self.patched += [(folder / "patched", function) for function in called]
             prefix, environment = inside[n] if inside else ([], {})
             launcher = [*prefix, sys.executable, "-m", "torch.distributed.run"]
             launcher += ["--nnodes", len(names), "--node-rank", n, "--nproc-per-node", 1]
-            launcher += ["--master-addr", address, "--master-port", port, *options, script]
+            launcher += ["--master-addr", address, "--master-port", port, *options]
             flags = [f"--{MODALITY[name]}", name, "--out", "out", *TINY, *args]
             flags += (own or {}).get(name, [])
-            started.append(Rank(folder, [*launcher, *flags], environment))
+            started.append(Rank(folder, [*launcher, *program, *flags], environment))
         self.ranks += started
         return started
 
     def end(self):
         for rank in self.ranks:
             rank.kill()
+        for file, function in self.patched:
+            assert function in file.read_text().splitlines(), f"{function} was not called"
 
 
 @pytest.fixture(scope="module")
 def sites(tmp_path_factory):
-    """Folders of three hospitals, with 2, 1 and 3 training cases."""
+    """Folders of three hospitals, with 2, 2 and 3 training cases."""
     root = tmp_path_factory.mktemp("sites")
     write_nnunet(root / "north", "mri", 4)
     write_totalsegmentator(root / "south", "mri", 3, seed=2)
@@ -216,7 +229,16 @@ def three_ranks(tmp_path_factory, sites):
 
 
 def weights(out):
-    return torch.load(out / "fedgin-p1-seed42.pt", weights_only=True)["weights"]
+    return torch.load(out / TRAINING.folder / "model.pt", weights_only=True)["weights"]
+
+
+def checkpoint(out):
+    return out / TRAINING.folder / "checkpoint.pt"
+
+
+def rows(file):
+    with file.open(newline="") as content:
+        return list(csv.DictReader(content))
 
 
 def assert_close(found, expected):
@@ -227,12 +249,17 @@ def assert_close(found, expected):
 
 
 def tables(out):
-    """results.md but for who trained on what, of which a rank knows itself alone."""
-    return (out / "results.md").read_text().split("\n\n    ")[0]
+    return (out / "results.md").read_text()
 
 
 def wait_for(path, rank):
     while not path.exists():
+        assert rank.process.poll() is None, rank.error
+        time.sleep(0.01)
+
+
+def wait_for_text(text, file, rank):
+    while text not in file.read_text():
         assert rank.process.poll() is None, rank.error
         time.sleep(0.01)
 
@@ -250,9 +277,8 @@ def test_ranks_give_the_weights_and_tables_of_one_process(three_ranks, one_proce
     assert all(torch.equal(a[key], b[key]) and torch.equal(a[key], c[key]) for key in a)
 
 
-def history(out):
-    with (out / "history.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+def history(out, training=TRAINING):
+    return rows(out / training.folder / "history.csv")
 
 
 @pytest.mark.slow
@@ -263,35 +289,44 @@ def test_the_history_has_everybodys_dice_and_a_ranks_own_loss(three_ranks, one_p
     for row, expected_row in zip(found, expected, strict=True):
         for key in ("val_dice_mri", "val_dice_ct"):
             assert float(row[key]) == pytest.approx(float(expected_row[key]), abs=1e-6)
-    [alone, *_] = history(one_process("north", arm="mri-only+gin"))
-    assert float(found[0]["loss"]) == pytest.approx(float(alone["loss"]), rel=1e-6)
+    by_itself = one_process("north", arm="mri-only+gin")
+    [first, *_] = history(by_itself, Training(42, "mri-only+gin", p=1.0))
+    assert float(found[0]["loss"]) == pytest.approx(float(first["loss"]), rel=1e-6)
     assert float(found[0]["loss"]) != pytest.approx(float(expected[0]["loss"]), rel=1e-4)
 
 
 @pytest.mark.slow
 def test_each_rank_keeps_what_is_its_own(three_ranks, sites):
-    files = ["config.json", "fedgin-p1-seed42.pt", "lock", "results.json", "results.md"]
-    files += ["history.csv", "scores.csv"]
+    own_files = ["training.json", "model.pt", "history.csv", "scores.csv", "lock"]
+    names = [f"{TRAINING.folder}/{file}" for file in own_files]
+    names += ["config.json", "lock", "results.md", "history.csv", "scores.csv"]
     ids = {"north": "case_", "south": "s0", "west": "s0"}
     for rank, name in zip(three_ranks, ids, strict=True):
         found = {str(p.relative_to(rank.out)) for p in rank.out.rglob("*") if p.is_file()}
-        assert found == {*files, f"hospitals/{name}.json"}
-        for r in json.loads((rank.out / "results.json").read_text())["results"]:
-            own = r["hospital"] == name
-            assert r["case"].startswith(ids[name] if own else "case 0")
-            assert r["modality"] == MODALITY[r["hospital"]]
-        for path in rank.out.rglob("*.json"):
-            for other in MODALITY.keys() - {name}:
-                assert str(sites / other) not in path.read_text()
-    foreign = "".join(p.read_text() for p in three_ranks[0].out.rglob("*.json"))
-    assert "s00" not in foreign  # no case of the other two, which number theirs so
+        assert found == {*names, f"hospitals/{name}-seed42.json"}
+        scores = rows(rank.out / "scores.csv")
+        assert scores == rows(rank.out / TRAINING.folder / "scores.csv")
+        assert [row["hospital"] for row in scores[:: len(ORGANS)]] == list(MODALITY)
+        assert [row["organ"] for row in scores] == [*ORGANS] * 3
+        for row in scores:
+            own = row["hospital"] == name
+            assert row["case"].startswith(ids[name]) if own else row["case"] == "case 0"
+            assert row["modality"] == MODALITY[row["hospital"]]
+        about = json.loads((rank.out / TRAINING.folder / "training.json").read_text())
+        assert about["cases"] == {"north": 2, "south": 2, "west": 3}
+        text = "".join(p.read_text() for p in rank.out.rglob("*") if p.suffix in (".json", ".csv"))
+        for other in MODALITY.keys() - {name}:
+            assert str(sites / other) not in text
+        assert ids[name] in text
+        foreign = "s00" if name == "north" else "case_"
+        assert foreign not in text  # which the others' cases are called
 
 
 @pytest.mark.slow
 def test_a_rank_may_be_slow(start, one_process):
     """Slower than the others by most of the timeout, again and again, in all that it does."""
     slow = "before(hospitals, 'load_hospitals', wait(4))\nbefore(fedgin, 'validate', wait(4))"
-    also = "before(fedgin, 'train_locally', wait(4))\nbefore(fedgin, 'test', wait(4))"
+    also = "before(federated, 'train_locally', wait(4))\nbefore(fedgin, 'run_test', wait(4))"
     ranks = start("--timeout", 6, patches={"west": slow, "north": also})
     assert [rank.end() for rank in ranks] == [0, 0], [rank.error for rank in ranks]
     for rank in (0, 1):
@@ -307,16 +342,16 @@ def test_a_rank_may_be_slow(start, one_process):
 
 @pytest.mark.slow
 def test_a_killed_rank_ends_the_others_and_the_run_goes_on(start, one_process):
-    patch = "before(fedgin, 'train_locally', die, call=2)"
+    patch = "before(federated, 'train_locally', die, call=2)"
     ranks = start("--timeout", 30, patches={"west": patch})
     began = time.monotonic()
     assert [rank.end() for rank in ranks] == [1, 1]
     assert time.monotonic() - began < 25  # it is noticed at once
-    saved = torch.load(ranks[0].out / "checkpoint.pt", weights_only=True)
+    saved = torch.load(checkpoint(ranks[0].out), weights_only=True)
     assert saved["round"] == 1
-    assert "--resume goes on" in ranks[0].error
+    assert ranks[0].failure().endswith("; the same commands go on")
     told = ranks[0].failure()
-    again = start("--resume")
+    again = start()
     assert [rank.end() for rank in again] == [0, 0], [rank.error for rank in again]
     for rank in again:
         assert_close(weights(rank.out), weights(one_process("north", "west")))
@@ -327,15 +362,15 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on(start, one_process):
 @pytest.mark.thorough
 def test_torchrun_goes_on_after_a_rank_was_killed(start, one_process):
     patch = "if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
-    patch += "    before(fedgin, 'train_locally', die, call=3)"
-    ranks = start("--resume", patches={"north": patch}, options=["--max-restarts", 1])
+    patch += "    before(federated, 'train_locally', die, call=3)"
+    ranks = start(patches={"north": patch}, options=["--max-restarts", 1])
     assert [rank.end() for rank in ranks] == [0, 0], [rank.error for rank in ranks]
     assert any("the run failed" in rank.error for rank in ranks)
     for rank in ranks:
         assert_close(weights(rank.out), weights(one_process("north", "west")))
-        found = json.loads((rank.out / "results.json").read_text())
-        assert [r["hospital"] for r in found["results"]] == ["north", "west"]
-        assert {r["arm"] for r in found["results"]} == {"fedgin p=1"}
+        scores = rows(rank.out / "scores.csv")
+        assert [row["hospital"] for row in scores[:: len(ORGANS)]] == ["north", "west"]
+        assert len(scores) == 2 * len(ORGANS)
     assert [row["round"] for row in history(ranks[0].out)] == ["1", "2", "3"]
 
 
@@ -344,9 +379,9 @@ def test_torchrun_goes_on_after_a_rank_was_killed(start, one_process):
 def test_a_rank_that_hangs_ends_the_run_in_time(name, start, one_process):
     names = ["north", "west"]
     hanging = names.index(name)
-    patches = {name: "before(fedgin, 'train_locally', hang, call=2)"}
+    patches = {name: "before(federated, 'train_locally', hang, call=2)"}
     ranks = start("--timeout", 4, patches=patches)
-    wait_for(ranks[0].out / "checkpoint.pt", ranks[0])
+    wait_for(checkpoint(ranks[0].out), ranks[0])
     began = time.monotonic()
     other = ranks[1 - hanging]
     while ": the run failed: " not in other.error:
@@ -356,7 +391,7 @@ def test_a_rank_that_hangs_ends_the_run_in_time(name, start, one_process):
     [worker] = descendants(ranks[hanging].process.pid)
     os.kill(worker, signal.SIGKILL)
     assert [rank.end() for rank in ranks] == [1, 1]
-    again = start("--resume")
+    again = start()
     assert [rank.end() for rank in again] == [0, 0], [rank.error for rank in again]
     assert_close(weights(again[0].out), weights(one_process("north", "west")))
 
@@ -391,8 +426,8 @@ def test_a_bad_case_ends_all_ranks_with_its_reason(name, seconds, start, tmp_pat
 @pytest.mark.parametrize("name", ["north", "west"])
 def test_a_fault_in_a_round_is_told_to_those_that_still_train(name, start):
     [other] = {"north", "west"} - {name}
-    slow = "before(fedgin, 'train_locally', wait(8), call=2)"
-    patches = {name: "before(fedgin, 'train_locally', lose_disk, call=2)", other: slow}
+    slow = "before(federated, 'train_locally', wait(8), call=2)"
+    patches = {name: "before(federated, 'train_locally', lose_disk, call=2)", other: slow}
     ranks = start(patches=patches)
     assert [rank.end() for rank in ranks] == [1, 1]
     by_name = {rank.folder.name: rank for rank in ranks}
@@ -404,7 +439,7 @@ def test_a_fault_in_a_round_is_told_to_those_that_still_train(name, start):
 
 @pytest.mark.slow
 def test_a_bug_keeps_its_traceback_and_is_told_to_the_others(start):
-    ranks = start(patches={"west": "before(fedgin, 'train_locally', stumble)"})
+    ranks = start(patches={"west": "before(federated, 'train_locally', stumble)"})
     assert [rank.end() for rank in ranks] == [1, 1]
     for part in ("Traceback", "AttributeError: no such layer", "round 1, hospital west"):
         assert part in ranks[1].own_error()
@@ -417,22 +452,36 @@ def test_a_bug_keeps_its_traceback_and_is_told_to_the_others(start):
 @pytest.mark.slow
 @pytest.mark.thorough
 def test_a_scan_that_cannot_be_read_in_the_test_is_told_to_the_others(start):
-    ranks = start(patches={"west": "before(fedgin, 'test', refuse)"})
+    ranks = start(patches={"west": "before(fedgin, 'run_test', refuse)"})
     assert [rank.end() for rank in ranks] == [1, 1]
     reason = "west/s0004: cannot be read; fetch it again"
-    assert f"\nmultisite.py (rank 1, west): {reason}\n" in ranks[1].error
+    assert f"\nmultisite (rank 1, west): {reason}\n" in ranks[1].error
     assert [rank.root_cause() for rank in ranks] == [f"rank 1 (west): {reason}"] * 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [pytest.param("north", marks=pytest.mark.thorough), "west"])
-def test_a_wrong_flag_is_told_to_the_others(name, start):
+@pytest.mark.parametrize(
+    ("name", "flags", "reason"),
+    [
+        ("west", ["--rate", 1], "unrecognized arguments: --rate 1"),
+        pytest.param(
+            "north",
+            ["--name", "../x"],
+            "'../x' is no name for a hospital's files; give another --name",
+            marks=pytest.mark.thorough,
+        ),
+    ],
+)
+def test_a_wrong_flag_is_told_to_the_others(name, flags, reason, start):
+    ranks = start("--timeout", 40, own={name: flags})
+    [wrong] = [rank for rank in ranks if rank.folder.name == name]
+    wait_for_text(reason, wrong.folder / "stderr", wrong)
     began = time.monotonic()
-    ranks = start("--timeout", 40, own={name: ["--rate", 1]})
     assert [rank.end() for rank in ranks] == [1, 1]
     assert time.monotonic() - began < 30
-    reason = f"rank {['north', 'west'].index(name)}: unrecognized arguments: --rate 1"
+    reason = f"rank {['north', 'west'].index(name)}: {reason}"
     assert [rank.root_cause() for rank in ranks] == [reason, reason]
+    assert not any(rank.out.exists() for rank in ranks)
 
 
 @pytest.mark.slow
@@ -440,27 +489,28 @@ def test_a_wrong_flag_is_told_to_the_others(name, start):
 @pytest.mark.parametrize("name", ["north", "west"])
 def test_a_rank_that_is_stopped_stops_the_others(name, start):
     ranks = start("--rounds", 1000)
-    wait_for(ranks[0].out / "checkpoint.pt", ranks[0])
+    wait_for(checkpoint(ranks[0].out), ranks[0])
     stopped = ["north", "west"].index(name)
     ranks[stopped].process.send_signal(signal.SIGINT)
     assert [rank.end() for rank in ranks] == [1, 1]
-    assert f"multisite.py (rank {stopped}, {name}): stopped\n" in ranks[stopped].error
-    assert "the same command with --resume goes on" in ranks[stopped].error
+    title = f"multisite (rank {stopped}, {name})"
+    assert f"{title}: stopped; the same commands go on\n" in ranks[stopped].error
     assert f"rank {stopped} ({name}): was stopped" in ranks[1 - stopped].failure()
 
 
 @pytest.mark.slow
 @pytest.mark.thorough
 @pytest.mark.parametrize("name", ["north", "west"])
-def test_a_folder_that_holds_a_run_is_told_to_the_others(name, start, tmp_path):
+def test_a_folder_of_something_else_is_told_to_the_others(name, start, tmp_path):
     (tmp_path / name / "out").mkdir(parents=True)
-    for file in ("config.json", "checkpoint.pt"):
-        (tmp_path / name / "out" / file).write_text("{}")
+    (tmp_path / name / "out" / "config.json").write_text("{}")
     ranks = start("--timeout", 20)
+    for rank in ranks:
+        wait_for_text("FedGIN on scans", rank.folder / "stdout", rank)
     began = time.monotonic()
     assert [rank.end() for rank in ranks] == [1, 1]
     for rank in ranks:
-        assert "holds a run; --resume continues" in rank.root_cause()
+        assert "out/config.json: no run's; choose another --out" in rank.root_cause()
     assert time.monotonic() - began < 15
 
 
@@ -470,6 +520,8 @@ def test_a_folder_that_holds_a_run_is_told_to_the_others(name, start, tmp_path):
 def test_a_network_device_that_is_not_there_is_told_to_the_others(name, start):
     patch = "os.environ['GLOO_SOCKET_IFNAME'] = 'nonsense9'"
     ranks = start("--timeout", 20, patches={name: patch})
+    for rank in ranks:
+        wait_for_text("FedGIN on scans", rank.folder / "stdout", rank)
     began = time.monotonic()
     assert [rank.end() for rank in ranks] == [1, 1]
     for rank in ranks:
@@ -488,22 +540,74 @@ def test_other_settings_are_named_by_all(start, tmp_path):
         assert not rank.out.exists()
 
 
+def contents(out):
+    """The files of a training by name, and what is in them."""
+    return {p.name: p.read_bytes() for p in (out / TRAINING.folder).iterdir()}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["north", pytest.param("west", marks=pytest.mark.thorough)])
-def test_a_rank_that_dies_at_the_end_has_its_results_when_it_is_resumed(name, start, one_process):
+def test_a_rank_that_dies_at_the_end_has_its_results_when_it_goes_on(name, start, one_process):
     """Killed when the others have written theirs; nobody loses a case, nobody counts one twice."""
-    patch = "before(results.Run, 'finish', lambda: (time.sleep(1), die()))"
+    patch = "before(TrainingFolder, 'finish', lambda: (time.sleep(1), die()))"
     ranks = start("--timeout", 5, patches={name: patch})
     for rank in ranks:
         rank.end()
-    again = start("--resume")
+    [finished] = [rank for rank in ranks if rank.folder.name != name]
+    kept = contents(finished.out)
+    assert "scores.csv" in kept
+    again = start()
     assert [rank.end() for rank in again] == [0, 0], [rank.error for rank in again]
-    expected = tables(one_process("north", "west"))
+    expected = one_process("north", "west")
     for rank in again:
-        found = json.loads((rank.out / "results.json").read_text())
-        assert [r["hospital"] for r in found["results"]] == ["north", "west"]
-        assert found["finished"] == [[42, "fedgin p=1"]]
-        assert tables(rank.out) == expected
+        assert_close(weights(rank.out), weights(expected))
+        assert tables(rank.out) == tables(expected)
+        scores = rows(rank.out / "scores.csv")
+        assert [row["hospital"] for row in scores[:: len(ORGANS)]] == ["north", "west"]
+        assert [row["round"] for row in history(rank.out)] == ["1", "2", "3"]
+    assert contents(finished.out) == kept
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["north", pytest.param("west", marks=pytest.mark.thorough)])
+def test_a_rank_that_lost_its_folder_goes_on_with_the_others(name, start, one_process):
+    """In the last of three rounds, with no round in any history twice."""
+    ranks = start("--timeout", 30, patches={"west": "before(federated, 'train_locally', die, 3)"})
+    assert [rank.end() for rank in ranks] == [1, 1]
+    [lost] = [rank.out for rank in ranks if rank.folder.name == name]
+    shutil.rmtree(lost)
+    again = start()
+    assert [rank.end() for rank in again] == [0, 0], [rank.error for rank in again]
+    expected = one_process("north", "west")
+    for rank in again:
+        assert_close(weights(rank.out), weights(expected))
+        assert tables(rank.out) == tables(expected)
+        rounds = ["3"] if rank.out == lost else ["1", "2", "3"]
+        assert [row["round"] for row in history(rank.out)] == rounds
+
+
+@pytest.mark.slow
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ["north", "west"])
+def test_a_rank_that_lost_a_finished_training_gets_it_from_the_others(name, start, one_process):
+    ranks = start()
+    assert [rank.end() for rank in ranks] == [0, 0], [rank.error for rank in ranks]
+    [lost] = [rank.out for rank in ranks if rank.folder.name == name]
+    [other] = [rank.out for rank in ranks if rank.folder.name != name]
+    kept = contents(other)
+    shutil.rmtree(lost)
+    again = start()
+    assert [rank.end() for rank in again] == [0, 0], [rank.error for rank in again]
+    assert contents(other) == kept
+    assert all(torch.equal(w, weights(other)[key]) for key, w in weights(lost).items())
+    assert tables(lost) == tables(other) == tables(one_process("north", "west"))
+    assert history(lost) == []
+    (other / TRAINING.folder / "model.pt").unlink()
+    shutil.rmtree(lost)
+    ranks = start()
+    assert [rank.end() for rank in ranks] == [1, 1]
+    for rank in ranks:
+        assert "its model is gone; delete the folder to train anew" in rank.root_cause()
 
 
 @pytest.fixture
@@ -534,12 +638,12 @@ def two_networks():
 def test_a_cut_link_in_a_round_ends_both_ranks_within_the_timeout(two_networks, start):
     inside, cut = two_networks
     ranks = start("--timeout", 4, "--rounds", 1000, inside=inside)
-    wait_for(ranks[0].out / "checkpoint.pt", ranks[0])  # round 2 has begun
+    wait_for(checkpoint(ranks[0].out), ranks[0])  # round 2 has begun
     cut()
     assert [rank.end(4 + 16) for rank in ranks] == [1, 1]  # torchrun takes its time to leave
     assert "rank 1" in ranks[0].failure().lower()
     assert "rank 0" in ranks[1].failure().lower()
-    saved = torch.load(ranks[0].out / "checkpoint.pt", weights_only=True)
+    saved = torch.load(checkpoint(ranks[0].out), weights_only=True)
     assert saved["round"] >= 1
 
 
@@ -579,8 +683,42 @@ def test_bad_flags_take_one_line_and_exit_code_2(args, message, capsys):
         multisite.main(args.split())
     assert end.value.code == 2
     usage, error = capsys.readouterr().err.strip().splitlines()
+    assert usage.startswith("usage: torchrun ")
     assert usage.endswith("[options]")
     assert f"error: {message}" in error
+
+
+def test_help_begins_with_the_lines_to_paste(capsys):
+    with pytest.raises(SystemExit) as end:
+        multisite.main(["--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith("usage: torchrun --nnodes 2 ")
+    [first, second] = re.findall(r"^    (torchrun .*(?:\n        .*)?)$", text, re.MULTILINE)
+    for line, side in ((first, "--mri DIR"), (second, "--ct DIR")):
+        assert f"-m scripts.multisite --arm fedgin {side}" in line
+
+
+NO_NAMES = ["", ".", "..", ".hidden", "../x", "/x", "a/b", "a/", "a\\b", "a\nb", "a\0b", "x" * 101]
+
+
+@pytest.mark.parametrize("name", NO_NAMES)
+def test_a_name_that_could_be_no_file_is_refused(name, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(multisite, "run", lambda *_: pytest.fail("went on"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        multisite.main(["--mri", "a", f"--name={name}"])
+    assert end.value.code == 2
+    expected = f"error: {name!r} is no name for a hospital's files; give another --name\n"
+    assert capsys.readouterr().err.endswith(expected)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_whose_name_could_be_no_file_needs_another(capsys):
+    with pytest.raises(SystemExit) as end:
+        multisite.main(["--mri", "/"])
+    assert end.value.code == 2
+    assert "error: '' is no name for a hospital's files" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("timeout", ["0", "-1", "nan", "inf"])
@@ -608,145 +746,9 @@ def test_a_rank_is_named_by_its_folder(monkeypatch, tmp_path):
     assert (second.arms, second.seeds, second.out) == (("fedgin",), (42,), "c")
 
 
-class Together(Peers):
-    """A rank in a thread of its own, which hears the others through a dict."""
-
-    def __init__(self, rank, told, meeting):
-        self.rank, self.size, self.told, self.meeting = rank, meeting.parties, told, meeting
-
-    def exchange(self, key, value):
-        self.told[key, self.rank] = json.dumps(value)
-        self.meeting.wait(10)
-        return [json.loads(self.told[key, rank]) for rank in range(self.size)]
-
-    def add_up(self, numbers):
-        self.told["numbers", self.rank] = numbers
-        self.meeting.wait(10)
-        return sum(self.told["numbers", rank] for rank in range(self.size))
-
-
-def together(size, function):
-    """function(peers) of each rank; raises what the first one raised."""
-    told, meeting = {}, threading.Barrier(size)
-    with ThreadPoolExecutor(size) as pool:
-        return list(pool.map(lambda rank: function(Together(rank, told, meeting)), range(size)))
-
-
-def alone(told):
-    """The only rank, which leaves in `told` what others would hear of it."""
-    return Together(0, told, threading.Barrier(1))
-
-
-@pytest.fixture
-def ranks_in_threads(monkeypatch, tmp_path):
-    """A function: what each rank does with its peers → their errors, and what torchrun would say.
-
-    All hear of one another through a store in memory.
-    """
-
-    def start(*actions, timeout=10.0):
-        store, ranks = distributed.HashStore(), []
-        monkeypatch.setenv("WORLD_SIZE", str(len(actions)))
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-        monkeypatch.setattr(distributed, "rendezvous", lambda *_, **__: iter([(store, 0, 0)]))
-        for rank in range(len(actions)):
-            monkeypatch.setenv("RANK", str(rank))
-            ranks.append(Peers("abc"[rank], timeout))
-
-        def act(peers):
-            try:
-                return actions[peers.rank](peers)
-            except Exception as error:
-                peers.leave(error)
-                return error
-
-        with ThreadPoolExecutor(len(actions)) as pool:
-            return list(pool.map(act, ranks))
-
-    return start
-
-
-def test_all_ranks_end_with_the_reason_of_the_first_that_failed(ranks_in_threads, capsys):
-    def fail(peers):
-        time.sleep(1.5)
-        raise DataError("no scan")
-
-    def listen(peers):
-        try:
-            return peers.exchange("settings", 1)
-        except PeerError as error:
-            error.add_note("round 2, hospital a")
-            raise
-
-    def fail_later(peers):
-        time.sleep(4)
-        raise OSError("no disk")
-
-    first, heard, own = ranks_in_threads(fail, listen, fail_later)
-    assert (type(first), type(own), str(own)) == (DataError, OSError, "no disk")
-    assert (type(heard), str(heard), heard.__notes__) == (PeerError, "rank 0 (a): no scan", [])
-    waits = [line for line in capsys.readouterr().err.splitlines() if " waits for " in line]
-    assert sorted(waits) == [
-        "rank 0 (a): no scan; rank 0 (a) waits for rank 2",
-        "rank 0 (a): no scan; rank 1 (b) waits for rank 2",
-        "rank 1 (b) waits for rank 0, rank 2",
-    ]
-
-
-def test_a_rank_that_says_nothing_is_named_and_not_waited_for_again(ranks_in_threads):
-    began = time.monotonic()
-    a, _, c = ranks_in_threads(
-        lambda peers: peers.exchange("x", 0),
-        lambda peers: None,
-        lambda peers: peers.exchange("x", 2),
-        timeout=2,
-    )
-    for error in (a, c):
-        assert str(error) == "rank 1 was killed, is cut off or takes longer than --timeout 2"
-    assert time.monotonic() - began < 3.5
-
-
-def test_what_ranks_exchange_comes_back_by_rank(ranks_in_threads):
-    values = [{"liver": 0.5}, [1, None], "ü"]
-    found = ranks_in_threads(*(lambda peers: peers.exchange("x", values[peers.rank]),) * 3)
-    assert found == [values] * 3
-
-
-def states(n):
-    generator = torch.Generator().manual_seed(n)
-    return {
-        "conv": torch.randn(3, 2, generator=generator),
-        "norm": torch.randn(4, generator=generator).double() * 1e3,
-        "scale": torch.randn((), generator=generator),
-    }
-
-
-def test_the_average_over_ranks_is_the_weighted_average():
-    pairs = [(states(1), 8), (states(2), 1), (states(3), 40)]
-    expected = weighted_average(pairs)
-    for mean in together(3, lambda peers: peers.average(iter([pairs[peers.rank]]))):
-        for key, w in expected.items():
-            assert mean[key].dtype == w.dtype
-            torch.testing.assert_close(mean[key], w, rtol=1e-7, atol=1e-10)
-
-
-@pytest.mark.parametrize(
-    ("state", "n_k", "error"),
-    [
-        ({"w": torch.tensor([1.0, math.nan])}, 1, FloatingPointError),
-        ({"w": torch.ones(2)}, 0, ValueError),
-    ],
-)
-def test_a_rank_sends_no_weights_that_are_not_finite(state, n_k, error):
-    told = {}
-    with pytest.raises(error):
-        alone(told).average([(state, n_k)])
-    assert told == {}
-
-
-def some_models(n):
+def some_weights(n):
     config = Config(width=2, depth=2)
-    return [fedgin.make_model(config, seed, torch.device("cpu")) for seed in range(n)]
+    return [fedgin.make_model(config, seed).state_dict() for seed in range(n)]
 
 
 def assert_equal(a, b):
@@ -755,33 +757,160 @@ def assert_equal(a, b):
         assert torch.equal(w, b[key]), key
 
 
-def test_rank_0_tells_all_where_the_training_stands():
-    last, best, *own = some_models(5)
-    stopped = fedgin.new_state(1, "fedgin")
-    stopped = fedgin.keep_round(stopped, best, {"mri": 1.0}, {"mri": 0.5}, 1.0)
-    stopped = fedgin.keep_round(stopped, last, {"mri": 1.0}, {"mri": 0.2}, 1.0)
+@pytest.mark.parametrize("furthest", [0, 1, 2])
+def test_the_rank_that_came_furthest_tells_all_where_the_training_stands(furthest):
+    last, best, other, *own = some_weights(6)
+    reached = Checkpoint(3, last, Best(0.5, 1, best), history=("row 1", "row 2", "row 3"))
+    behind = Checkpoint(1, other, Best(0.9, 1, other), history=("row 1",))
+    starts = [Checkpoint(), behind, behind]
+    starts[furthest] = reached
 
     def hear(peers):
-        state = stopped if peers.rank == 0 else fedgin.new_state(1, "fedgin")
-        return multisite.share_state(state, own[peers.rank], peers)
+        return multisite.share_checkpoint(starts[peers.rank], own[peers.rank], peers)
 
-    for state in together(3, hear):
-        assert (state["round"], state["best"]["round"]) == (2, 1)
-        assert state["best"]["val_dice"] == 0.5
-        assert_equal(state["weights"], last.state_dict())
-        assert_equal(state["best"]["weights"], best.state_dict())
+    for rank, found in enumerate(together(3, hear)):
+        assert (found.round, found.best.round, found.best.val_dice) == (3, 1, 0.5)
+        assert found.history == starts[rank].history
+        assert_equal(found.weights, last)
+        assert_equal(found.best.weights, best)
 
 
 def test_a_new_training_starts_from_rank_0s_weights():
-    own = some_models(2)
+    own = some_weights(2)
 
     def hear(peers):
-        return multisite.share_state(fedgin.new_state(1, "fl"), own[peers.rank], peers)
+        return multisite.share_checkpoint(Checkpoint(), own[peers.rank], peers)
 
-    for state in together(2, hear):
-        assert (state["round"], state["best"]["round"]) == (0, 0)
-        assert state["best"]["val_dice"] == -math.inf
-        assert_equal(state["weights"], own[0].state_dict())
+    for found in together(2, hear):
+        assert (found.round, found.best.round, found.history) == (0, 0, ())
+        assert found.best.val_dice == -math.inf
+        assert_equal(found.weights, own[0])
+
+
+SMALL = Config(
+    scenario="complete",
+    arms=("fedgin",),
+    rounds=3,
+    local_steps=1,
+    width=2,
+    depth=2,
+    val_every=2,
+    gin_probability=(1.0,),
+)
+
+
+@pytest.fixture(scope="module")
+def phantoms():
+    """An MRI and a CT hospital, with 2 and 3 training cases."""
+    by_seed, _ = load_hospitals(SMALL)
+    mri, ct, _ = by_seed[42]
+    return [
+        mri._replace(train=mri.train[:2], val=mri.val[:1]),
+        ct._replace(train=ct.train[:3], val=ct.val[:2]),
+    ]
+
+
+def train_apart(everyone, starts=None):
+    """The checkpoints of all rounds by rank, of which each has one hospital."""
+    clients = [fedgin.make_clients(SMALL, TRAINING, [hospital]) for hospital in everyone]
+    held_out = [validation_cases(42, [hospital], ("mri", "ct")) for hospital in everyone]
+    # Threads that draw their initial weights at a time would disturb one another.
+    new = Checkpoint(weights=fedgin.make_model(SMALL, 42).state_dict())
+
+    def train(peers):
+        own, cases = clients[peers.rank], held_out[peers.rank]
+        start = starts[peers.rank] if starts else new
+        return list(multisite.train(SMALL, TRAINING, own, cases, CPU, start, peers))
+
+    return together(len(everyone), train)
+
+
+def test_rounds_of_ranks_are_those_of_one_process(phantoms):
+    clients = fedgin.make_clients(SMALL, TRAINING, phantoms)
+    held_out = validation_cases(42, phantoms, ("mri", "ct"))
+    expected = list(fedgin.train_arm(SMALL, TRAINING, clients, held_out))
+    apart = train_apart(phantoms)
+    for name, found in zip(clients, apart, strict=True):
+        for ours, theirs in zip(found, expected, strict=True):
+            assert (ours.round, ours.best.round) == (theirs.round, theirs.best.round)
+            assert_close(ours.weights, theirs.weights)
+            assert_close(ours.best.weights or {}, theirs.best.weights or {})
+        for done, row in zip(found[-1].history, expected[-1].history, strict=True):
+            assert done.round == row.round
+            assert done.losses == pytest.approx({name: row.losses[name]}, rel=1e-6)
+            assert done.val_dice == pytest.approx(row.val_dice, abs=1e-6)
+    assert [sorted(done.val_dice) for done in apart[0][-1].history] == [
+        [],
+        ["ct", "mri"],
+        ["ct", "mri"],
+    ]
+
+
+def test_ranks_go_on_from_a_round_as_if_they_had_never_stopped(phantoms):
+    at_once = train_apart(phantoms)
+    stopped = train_apart(phantoms, starts=[found[0] for found in at_once])
+    for a, b in zip(at_once, stopped, strict=True):
+        assert [c.round for c in b] == [2, 3]
+        assert_equal(a[-1].weights, b[-1].weights)
+        assert [done.round for done in b[-1].history] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("loss", "explodes"), [(27.9, False), (28.0, True)])
+def test_a_loss_that_explodes_ends_a_rank_before_its_weights_are_sent(
+    loss, explodes, phantoms, monkeypatch
+):
+    """Ten times that of chance, ln 6 + 1 = 2.79 with five organs."""
+    monkeypatch.setattr(multisite, "train_locally", lambda *_, **__: loss)
+    told = {}
+    clients = fedgin.make_clients(SMALL, TRAINING, phantoms[:1])
+    trained = multisite.train(SMALL, TRAINING, clients, [], CPU, Checkpoint(), alone(told))
+    if explodes:
+        with pytest.raises(FloatingPointError, match="exploded; a lower --lr may help") as error:
+            next(trained)
+        assert error.value.__notes__ == ["round 1, hospital mri"]
+        assert told == {}
+    else:
+        assert next(trained).round == 1
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    folder = RunFolder(Config(scenario="complete", out=str(tmp_path / "out")), list(fedgin.ARMS))
+    folder.open([])
+    return folder
+
+
+def test_a_rank_holds_its_training_while_it_works(run_folder):
+    with multisite.hold(run_folder, TRAINING, {"north": 2, "west": 3}, CPU) as folder:
+        assert files.holder(folder.path / "lock")
+        assert folder.about["cases"] == {"north": 2, "west": 3}
+        with (
+            pytest.raises(DataError, match="fedgin-p1-seed42: another process is at work on it"),
+            multisite.hold(run_folder, TRAINING, {"north": 2, "west": 3}, CPU),
+        ):
+            pytest.fail("held twice")
+    assert not files.holder(folder.path / "lock")
+
+
+@pytest.mark.parametrize("others", [{"north": 2}, {"north": 2, "east": 3}, {"north": 2, "west": 4}])
+def test_a_training_does_not_go_on_at_other_hospitals(others, run_folder):
+    with multisite.hold(run_folder, TRAINING, {"north": 2, "west": 3}, CPU):
+        pass
+    with multisite.hold(run_folder, TRAINING, {"west": 3, "north": 2}, CPU):
+        pass
+    with (
+        pytest.raises(DataError, match="'north': 2} cases, now .*; choose another --out"),
+        multisite.hold(run_folder, TRAINING, others, CPU),
+    ):
+        pytest.fail("went on")
+
+
+@pytest.mark.parametrize("everybodys", [None, []])
+def test_a_training_without_a_test_case_finishes(everybodys, run_folder):
+    with multisite.hold(run_folder, TRAINING, {"north": 2}, CPU) as folder:
+        folder.finish(Checkpoint(), everybodys)
+    assert folder.is_finished()
+    assert folder.scores() == []
 
 
 def test_case_ids_stay_at_their_rank():
@@ -789,19 +918,22 @@ def test_case_ids_stay_at_their_rank():
 
     def share(peers):
         scores = [
-            {"hospital": f"h{peers.rank}", "modality": "ct", "case": id_, "scores": {"x": n}}
+            {"hospital": f"h{peers.rank}", "case": id_, "organ": organ, "dice": n}
             for n, id_ in enumerate(ids[peers.rank])
+            for organ in ("liver", "spleen")
         ]
-        return multisite.share_scores(scores, peers)
+        return multisite.share_scores(scores, 2, peers)
 
     first, second = together(2, share)
-    assert [score["case"] for score in first] == ["s7", "s8", "case 0"]
-    assert [score["case"] for score in second] == ["case 0", "case 1", "amos_1"]
+    assert [score["case"] for score in first[::2]] == ["s7", "s8", "case 0"]
+    assert [score["case"] for score in second[::2]] == ["case 0", "case 1", "amos_1"]
     for found in (first, second):
-        assert [score["hospital"] for score in found] == ["h0", "h0", "h1"]
-        assert [score["scores"] for score in found] == [{"x": 0}, {"x": 1}, {"x": 0}]
+        assert [score["case"] for score in found[::2]] == [score["case"] for score in found[1::2]]
+        assert [score["organ"] for score in found] == ["liver", "spleen"] * 3
+        assert [score["hospital"] for score in found[::2]] == ["h0", "h0", "h1"]
+        assert [score["dice"] for score in found[::2]] == [0, 1, 0]
     told = {}
-    multisite.share_scores([{"case": "s7", "scores": {"liver": 0.5}}], alone(told))
+    multisite.share_scores([{"case": "s7", "organ": "liver", "dice": 0.5}], 1, alone(told))
     assert "liver" in str(told)
     assert "s7" not in str(told)
 
@@ -810,7 +942,8 @@ def hospital(name, modality, labelled=(True,) * 5, cases=1):
     labels = np.zeros((2, 2, 2), np.uint8)
     known = np.array([True, *labelled])
     volume = data.make_volume("x", modality, labels.astype(np.float32), labels, known)
-    return Hospital(name, modality, [volume] * cases, [], [])
+    case = PreparedCase(volume, lambda: (labels, (1.0,) * 3), files=[])
+    return Hospital(name, modality, [case] * cases, [], [])
 
 
 def check_alike(*configs, names=("north", "west")):
@@ -825,7 +958,7 @@ def check_cases(configs, *hospitals):
     """hospitals: of each rank, its own first and then those that it only tests on."""
 
     def check(peers):
-        multisite.check_cases(configs[peers.rank], hospitals[peers.rank], peers)
+        return multisite.check_cases(configs[peers.rank], hospitals[peers.rank], peers)
 
     return together(len(configs), check)
 
@@ -835,7 +968,7 @@ MRI, CT = hospital("north", "mri"), hospital("west", "ct")
 
 def test_ranks_that_agree_may_differ_in_what_is_their_own():
     a = Config(mri=("north",), out="a/out", arms=("fedgin",))
-    own = {"out": "b/out", "cache": "c", "no_cache": True, "resume": True}
+    own = {"out": "b/out", "cache": "c", "no_cache": True}
     own |= {"test": ("held_out",), "layout": "amos", "skip_bad": True}
     b = Config(ct=("west",), arms=("fedgin",), **own)
     assert check_alike(a, b) == [["rank 0 (north)", "rank 1 (west)"]] * 2
@@ -871,7 +1004,7 @@ def test_organs_that_are_not_labelled_are_refused():
     with pytest.raises(DataError, match=r"west: liver, kidneys\); use --organs liver kidneys or"):
         check_cases(configs, [MRI], [few])
     partial = [Config(mri=("north",), partial_labels=True), Config(ct=("w",), partial_labels=True)]
-    check_cases(partial, [MRI], [few])
+    assert check_cases(partial, [MRI], [few]) == [{"north": 1, "west": 1}] * 2
     fewer = hospital("north", "mri", labelled=(False, True, True, True, False))
     with pytest.raises(DataError, match="not one folder labels .*gallbladder"):
         check_cases(partial, [fewer], [few])

@@ -1,0 +1,250 @@
+"""FedGIN at hospitals that are apart: one process each, on a machine of its own, under torchrun.
+
+    torchrun --nnodes 2 --node-rank 0 --nproc-per-node 1 --master-addr 10.0.0.1 \\
+        --master-port 29500 -m scripts.multisite --arm fedgin --mri DIR
+    torchrun … --node-rank 1 … -m scripts.multisite --arm fedgin --ct DIR  # at the other hospital
+
+Each names its own folder only; docs/several-machines.md says what leaves it. The parts of a round
+and of the test are fedgin.py's; here are the rounds whose average goes over ranks (peers.py).
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import os
+import re
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import distributed
+from torch.distributed.elastic.multiprocessing.errors import record as record_bug
+
+import fedgin
+from federated import Client, Weights, noting, train_client, train_locally
+from scans.cases import PreparedCase
+from scans.files import DataError
+from scans.organs import check_organs
+from scripts.peers import Peers, join, pack, unpack
+from study import console, hospitals
+from study.config import Best, Checkpoint, Config, Round, Training, make_parser, to_config
+from study.console import Progress
+from study.hospitals import Hospital
+from study.inference import choose_device, mixed_precision
+from study.results import RunFolder
+from study.trainings import TrainingFolder
+
+USAGE = "torchrun --nnodes 2 --node-rank N … -m scripts.multisite (--mri | --ct) DIR [options]"
+OWN = ("ct", "mri", "test", "layout", "skip_bad", "out", "cache", "no_cache")  # one rank's alone
+PLAIN_NAME = r"[^./\\\0-\x1f][^/\\\0-\x1f]{0,99}"  # also a file's, and not a hidden one's
+SEVERAL = ("scenario", "arms", "ratios", "mri_cases", "seeds", "sites", "gin_probability")
+
+
+def run(config: Config, name: str, timeout: float) -> None:
+    """Train one model with the other ranks, test it on this hospital's cases, keep both."""
+    device = choose_device(int(os.environ["LOCAL_RANK"]))
+    print(console.describe(config, device))
+    [training] = fedgin.plan(config)
+    with join(name, timeout) as peers:
+        run_folder = RunFolder(config, order=list(fedgin.ARMS))
+        check_alike(config, name, peers)
+        by_seed, notes = hospitals.load_hospitals(config, alone=False)
+        own, *tested = by_seed[training.seed]
+        everyone = [own._replace(name=name), *tested]
+        chosen = {training: fedgin.choose_cases(config, training, everyone)}
+        print(*notes, console.describe_hospitals(everyone, chosen), sep="\n", flush=True)
+        n_cases = check_cases(config, everyone, peers)
+        run_folder.open(hospitals.record({training.seed: everyone}))
+        with hold(run_folder, training, n_cases, device) as folder:
+            if not all(peers.exchange("finished", folder.is_finished())):
+                peers.connect()
+                steps = run_folder.count_steps(chosen, {training.seed: everyone})
+                with Progress(steps) as progress:
+                    progress.name = f"{name}: {training.label}"
+                    run_training(folder, everyone, device, progress, peers)
+            peers.exchange("kept", None)
+            print("", run_folder.report([training]), sep="\n")
+
+
+def run_training(
+    folder: TrainingFolder,
+    everyone: Sequence[Hospital],
+    device: torch.device,
+    progress: Progress,
+    peers: Peers,
+) -> None:
+    """Train and test with the other ranks, from where they stopped; keep what comes of it.
+
+    A rank that has finished tells the others what they lack, and changes nothing of its own.
+    """
+    config, training, finished = folder.config, folder.training, folder.is_finished()
+    initial = fedgin.make_model(config, training.seed).state_dict()
+    checkpoint = start = share_checkpoint(folder.checkpoint(), initial, peers)
+    if finished and start.round < config.rounds:
+        raise DataError(f"{folder.path}: its model is gone; delete the folder to train anew")
+    modalities = fedgin.ARMS[training.arm].modalities
+    held_out = hospitals.validation_cases(training.seed, everyone, modalities)
+    clients = fedgin.make_clients(config, training, everyone, device)
+    clients, watched = progress.watch_training(clients, held_out, config.rounds)
+    for checkpoint in train(config, training, clients, watched, device, start, peers):
+        folder.keep_round(checkpoint)
+        progress.show_round(checkpoint.history[-1])
+    if not (finished or folder.is_trained()):
+        folder.keep_model(checkpoint)
+    model = fedgin.make_model(config, training.seed, device, checkpoint.best.weights)
+    cases = [(hospital, case) for hospital in everyone for case in hospital.test]
+    cases_left = progress.watch(cases[folder.n_tested() :], "testing")
+    for hospital, case, scores in fedgin.run_test(config, model, cases_left):
+        folder.keep_scores(hospital, case, scores)
+    ids = {(hospital.name, case.volume.id) for hospital, case in cases}
+    own = [score for score in folder.scores() if (score["hospital"], score["case"]) in ids]
+    everybodys = share_scores(own, len(config.organs), peers)
+    if not finished:
+        folder.finish(checkpoint, everybodys)
+
+
+def train(
+    config: Config,
+    training: Training,
+    clients: Mapping[str, Client],
+    held_out: Iterable[PreparedCase],
+    device: torch.device,
+    checkpoint: Checkpoint,
+    peers: Peers,
+) -> Iterator[Checkpoint]:
+    """The rounds of fedgin.train_arm at the only one of `clients`, with the others elsewhere."""
+    [(name, client)] = clients.items()
+    model = fedgin.make_model(config, training.seed, device, checkpoint.weights)
+    train_mixed = functools.partial(train_locally, autocast=mixed_precision(device))
+    modalities = fedgin.ARMS[training.arm].modalities
+    for round_ in range(checkpoint.round + 1, config.rounds + 1):
+        began, lr = time.monotonic(), fedgin.learning_rate(config, round_)
+        with noting(f"round {round_}, hospital {name}"):
+            losses = {name: train_client(model, client, round_, lr, train_mixed)}
+            fedgin.check_losses(config, losses)
+            w = peers.average(model.state_dict(), client.n_k)
+        model.load_state_dict(w)
+        val_dice: dict[str, float] = {}
+        if config.is_validated(round_):
+            own = fedgin.validate(config, model, held_out, modalities)
+            sums, counts = peers.add_up(torch.stack(own))
+            val_dice = fedgin.mean_dice(sums, counts, modalities)
+        done = Round(round_, losses, val_dice, seconds=time.monotonic() - began)
+        checkpoint = fedgin.keep_round(checkpoint, model, done)
+        yield checkpoint
+
+
+@contextlib.contextmanager
+def hold(
+    run_folder: RunFolder, training: Training, n_cases: Mapping[str, int], device: torch.device
+) -> Iterator[TrainingFolder]:
+    """Hold and begin a training that is unfinished; DataError where that must not be."""
+    folder = run_folder.folder(training)
+    kept = folder.about["cases"] if folder.is_begun() else n_cases
+    if kept != n_cases:
+        what = f"trains at hospitals with {kept} cases, now {n_cases}; choose another --out"
+        raise DataError(f"{folder.path}: {what}")
+    for held in run_folder.take([training]):
+        held.begin(n_cases, device)
+        yield held
+        return
+    if not folder.is_finished():
+        raise DataError(f"{folder.path}: another process is at work on it")
+    yield folder
+
+
+def check_alike(config: Config, name: str, peers: Peers) -> None:
+    """Raise DataError unless all ranks have the same settings, and names of their own."""
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in OWN}
+    told = peers.exchange("settings", [name, settings])
+    names, (first, *_) = zip(*told, strict=True)
+    peers.labels = [f"rank {rank} ({other})" for rank, other in enumerate(names)]
+    for rank, (_, other) in enumerate(told):
+        differ = [key for key, value in first.items() if other.get(key) != value]
+        if differ:
+            raise DataError(f"ranks 0 and {rank} were started with different {', '.join(differ)}")
+    if len(set(names)) < len(names):
+        raise DataError(f"hospitals {', '.join(names)}: two have one name; give one a --name")
+
+
+def check_cases(config: Config, everyone: Sequence[Hospital], peers: Peers) -> dict[str, int]:
+    """The training cases of each rank's hospital; everyone: this one's, and its --test folders.
+
+    Raises DataError unless this rank has some, and all together label each organ.
+    """
+    own, *tested = everyone
+    if not own.train:
+        raise DataError(f"{own.name} has no training case")
+    if own.name in [other.name for other in tested]:
+        raise DataError(f"{own.name}: so is a --test folder called too; give another --name")
+    labelled = itertools.compress(config.organs, own.train[0].volume.labelled[1:].tolist())
+    told = peers.exchange("cases", [own.name, len(own.train), list(labelled)])
+    organs = {name: set(its_organs) for name, _, its_organs in told}
+    check_organs(organs, config.organs, config.partial_labels)
+    return {name: n_k for name, n_k, _ in told}
+
+
+def share_checkpoint(own: Checkpoint, initial: Weights, peers: Peers) -> Checkpoint:
+    """What the rank that has come furthest has reached, at every rank; each keeps its own history.
+
+    The first of several; so a rank that has lost its folder goes on with the others.
+    """
+    told = peers.exchange("checkpoint", [own.round, own.best.round, own.best.val_dice])
+    source = max(range(peers.size), key=lambda rank: told[rank][0])
+    numbers = torch.cat([pack(w or initial) for w in (own.weights, own.best.weights)])
+    parts = peers.add_up(numbers * (peers.rank == source)).chunk(2)
+    weights, best_weights = (unpack(part, like=initial) for part in parts)
+    round_, best_round, val_dice = told[source]
+    return Checkpoint(round_, weights, Best(val_dice, best_round, best_weights), own.history)
+
+
+def share_scores(own: list[dict[str, Any]], n_organs: int, peers: Peers) -> list[dict[str, Any]]:
+    """The test scores of all ranks; a case's id stays with its rank, and others get a number."""
+    told = [{**score, "case": f"case {n // n_organs}"} for n, score in enumerate(own)]
+    parts = peers.exchange("scores", told)
+    parts[peers.rank] = own
+    return [score for part in parts for score in part]
+
+
+def refuse(message: str) -> NoReturn:
+    """End a rank that was started with wrong flags, and let the others hear of it."""
+    print(f"multisite (rank {os.environ['RANK']}): {message}", file=sys.stderr)
+    Peers("", timeout=60).leave(DataError(message))
+    sys.exit(2)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; see console.run_command for its exit codes."""
+    console.use_any_characters()
+    parser = make_parser(__doc__, leave_out=SEVERAL)
+    parser.usage = USAGE
+    if distributed.is_torchelastic_launched():
+        parser.error = refuse  # type: ignore[method-assign]
+    add = parser.add_argument_group("federation").add_argument
+    add("--arm", default="fedgin", choices=("fl", "fedgin"), help="without or with GIN")
+    add("--gin-probability", type=float, default=1.0, metavar="X", help="of images (default: 1)")
+    add("--seed", type=int, default=42, metavar="N", help="of all draws (default: 42)")
+    add("--name", help="of this hospital (default: its folder's)")
+    add("--timeout", type=float, default=1800.0, metavar="S", help="of waiting (default: 1800 s)")
+    args = parser.parse_args(argv)
+    folders = [*(args.mri or ()), *(args.ct or ())]
+    if len(folders) != 1:
+        parser.error("name this hospital's folder, and no other, with --mri or --ct")
+    name = os.path.basename(os.path.abspath(folders[0])) if args.name is None else args.name
+    if not re.fullmatch(PLAIN_NAME, name):
+        parser.error(f"{name!r} is no name for a hospital's files; give another --name")
+    if not 0 < args.timeout < float("inf"):
+        parser.error(f"--timeout must be a positive number of seconds, not {args.timeout}")
+    if not distributed.is_torchelastic_launched():
+        parser.error("must be started by torchrun; see docs/several-machines.md")
+    fixed = {"scenario": "complete", "arms": (args.arm,), "seeds": (args.seed,)}
+    config = to_config(parser, args, **fixed, out=args.out or f"runs/{args.arm}-{name}")
+    title, hint = f"multisite (rank {os.environ['RANK']}, {name})", "; the same commands go on"
+    return console.run_command(title, lambda: run(config, name, args.timeout), hint)
+
+
+if __name__ == "__main__":
+    sys.exit(record_bug(main)())  # for torchrun's summary
