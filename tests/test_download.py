@@ -1,32 +1,42 @@
 """The download against a web server on this machine that can fail in every way we know of."""
 
 import gzip
+import http.client
 import http.server
 import io
 import itertools
+import os
 import random
 import re
 import shlex
 import signal
+import socket
 import socketserver
+import ssl
 import struct
 import subprocess
 import sys
 import threading
+import urllib.error
+import urllib.request
 import zipfile
 from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
+from conftest import TOTALSEGMENTATOR_MASKS
 
-import download
-from datasets import TOTALSEGMENTATOR_MASKS, DataError, find_cases
+from scans import files as files_of
+from scans.files import DataError
+from scans.layouts import find_cases
+from scripts import download
 
 ORGANS = ("gallbladder", "kidney_left", "kidney_right", "liver", "pancreas", "spleen")
+ROOT = Path(__file__).parent.parent
 CT = "Totalsegmentator_dataset_v201.zip"
 MRI = "TotalsegmentatorMRI_dataset_v200.zip"
-META = "image_id;age;split\n" + "".join(f"s{i:04d};50;train\n" for i in range(20))
+META = "image_id;age;split\n" + "".join(f"s{i:04d};50;train\n" for i in range(50))
 
 
 # ----------------------------------------------------------------------------------------- archives
@@ -78,10 +88,11 @@ def zipped(files, prefix="", method=zipfile.ZIP_DEFLATED, zip64=False):
 
 
 def tree(folder):
+    """All files but the lock's, by their paths in the folder."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in Path(folder).rglob("*")
-        if path.is_file()
+        if path.is_file() and path.name != "lock"
     }
 
 
@@ -225,7 +236,7 @@ def test_two_data_sets_and_how_to_go_on(run, server, tmp_path, capsys):
     assert {case.modality for case in find_cases(out / names[1])} == {"mri"}
     check, fedgin = capsys.readouterr().out.splitlines()[-2:]
     folders = [str(out / name) for name in names]
-    assert shlex.split(check) == ["python", "check.py", *folders]
+    assert shlex.split(check) == ["python", "-m", "scripts.check", *folders]
     start = ["python", "fedgin.py", "--scenario", "complete"]
     assert shlex.split(fedgin) == [*start, "--ct", folders[0], "--mri", folders[1]]
 
@@ -315,7 +326,7 @@ def test_the_order_is_everybodys(run, server, tmp_path):
 
 def test_the_masks_are_those_that_the_program_reads():
     names = [name for names in TOTALSEGMENTATOR_MASKS.values() for name in names]
-    assert sorted(download.MASKS) == sorted(names)
+    assert sorted(download.MASKS.split("|")) == sorted(names)
 
 
 # ----------------------------------------------------------------------------------------- going on
@@ -348,23 +359,97 @@ def test_neighbours_come_together(run, server, tmp_path):
     assert len(server.log) <= 4 + 1 + 8
 
 
-def test_what_a_user_changed_or_deleted(run, server, tmp_path):
+def test_what_a_user_deleted(run, server, tmp_path):
     files, root = cases(range(2)), tmp_path / "data/totalsegmentator-ct"
     server.put(CT, zipped(files))
     assert run("totalsegmentator-ct") == 0
-    (root / "meta.csv").write_text("mine")
-    (root / "s0000/ct.nii.gz").write_bytes(b"mine")
+    (root / "meta.csv").unlink()
     (root / "s0000/segmentations/liver.nii.gz").unlink()
     (root / "s0001/ct.nii.gz").unlink()
     assert run("totalsegmentator-ct") == 0
-    mine = {"meta.csv": b"mine", "s0000/ct.nii.gz": b"mine"}
-    assert tree(root) == wanted(files, ["s0000", "s0001"]) | mine
+    assert tree(root) == wanted(files, ["s0000", "s0001"])
 
 
-COMMAND = [sys.executable, download.__file__, "totalsegmentator-ct", "--cases", "2"]
+def flipped(content):
+    return content[:50] + bytes([content[50] ^ 1]) + content[51:]
 
 
-@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize(
+    "spoil", [lambda content: content[:-100], lambda content: b"", flipped, lambda content: b"mine"]
+)
+@pytest.mark.parametrize("name", ["ct", "segmentations/liver"])
+def test_a_file_that_is_not_the_zips_is_fetched_again_and_kept(
+    run, server, tmp_path, capsys, spoil, name
+):
+    files, root = cases(range(2)), tmp_path / "data/totalsegmentator-ct"
+    server.put(CT, zipped(files))
+    assert run("totalsegmentator-ct") == 0
+    path = root / f"s0000/{name}.nii.gz"
+    spoilt = spoil(path.read_bytes())
+    path.write_bytes(spoilt)
+    capsys.readouterr()
+    for _ in range(2):  # the second time all is well
+        assert run("totalsegmentator-ct") == 0
+        old = {f"s0000/{name}.nii.gz.old": spoilt}
+        assert tree(root) == wanted(files, ["s0000", "s0001"]) | old
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        f"download: {path}: is not the zip's, but cut off, changed or of another"
+    )
+    assert len(find_cases(root)) == 2
+
+
+def test_of_a_large_file_the_size_is_compared(run, server, tmp_path, monkeypatch):
+    files, root = cases(range(1)), tmp_path / "data/totalsegmentator-ct"
+    server.put(CT, zipped(files))
+    assert run("totalsegmentator-ct") == 0
+    scan = root / "s0000/ct.nii.gz"
+    monkeypatch.setattr(download, "CHUNK", scan.stat().st_size - 1)
+    scan.write_bytes(flipped(files["s0000/ct.nii.gz"]))
+    assert run("totalsegmentator-ct") == 0
+    assert scan.read_bytes() == flipped(files["s0000/ct.nii.gz"])
+    scan.write_bytes(files["s0000/ct.nii.gz"][:-1])
+    assert run("totalsegmentator-ct") == 0
+    assert scan.read_bytes() == files["s0000/ct.nii.gz"]
+
+
+@pytest.mark.parametrize("name", ["totalsegmentator-ct", "amos22"])
+def test_two_releases_do_not_share_a_folder(run, server, tmp_path, capsys, name):
+    about = "meta.csv" if name == "totalsegmentator-ct" else "dataset.json"
+    file, files = (CT, cases(range(2))) if about == "meta.csv" else ("amos22.zip", amos())
+    server.put(file, zipped(files))
+    assert run(name) == 0
+    before = tree(tmp_path)
+    other = {name: content[:-5] + b"other" for name, content in files.items()}
+    server.put(file, zipped(other))
+    assert run(name) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    path = tmp_path / "data" / name / about
+    assert error.startswith(f"download: {path}: is not the zip's")
+    assert error.endswith("or of another release; choose another --out, or delete it")
+    assert tree(tmp_path) == before
+
+
+def test_a_second_download_into_the_folder_is_refused(run, server, tmp_path, capsys):
+    files, root = cases(range(1)), tmp_path / "data/totalsegmentator-ct"
+    server.put(CT, zipped(files))
+    root.mkdir(parents=True)
+    with files_of.lock(root / "lock") as held:
+        assert held
+        assert run("totalsegmentator-ct") == 2
+    error = capsys.readouterr().err
+    holder = f"{socket.gethostname()}, process {os.getpid()}"
+    choice = "wait for it, or choose another --out"
+    assert error == f"download: {root}: {holder} is at work there; {choice}\n"
+    assert tree(root) == {}
+    assert run("totalsegmentator-ct") == 0
+    assert tree(root) == wanted(files, ["s0000"])
+
+
+COMMAND = [sys.executable, "-m", "scripts.download", "totalsegmentator-ct", "--cases", "2"]
+
+
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_stopped_in_the_middle_of_a_case(run, server, tmp_path, stop):
     files, root = cases(range(2)), tmp_path / "data/totalsegmentator-ct"
     for id_ in ("s0000", "s0001"):
@@ -373,23 +458,27 @@ def test_stopped_in_the_middle_of_a_case(run, server, tmp_path, stop):
     server.limit = 200_000
     server.faults = iter([{}] * 15 + [{"drop": 100_000, "stall": True}])
     args = [*COMMAND, "--out", str(root.parent), "--mirror", server.url]
-    with subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
-        assert server.stalled.wait(20)
-        assert any(root.glob(".partial-*"))
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    own = f"{files_of.TEMPORARY}/*"
+    with subprocess.Popen(args, cwd=ROOT, **pipes) as process:
+        assert server.stalled.wait(60)
+        assert any(root.glob(own))
         process.send_signal(stop)
         error = process.communicate()[1].decode()
-    assert process.returncode == (130 if stop == signal.SIGINT else -stop)
-    assert any(root.glob(".partial-*")) == (stop == signal.SIGKILL)
-    if stop == signal.SIGINT:
-        assert "the same command goes on" in error
-        assert "Traceback" not in error
-    assert [n for n in tree(root) if not n.startswith(".partial")] == ["meta.csv"]
+    assert process.returncode == (130 if stop != signal.SIGKILL else -stop)
+    assert any(root.glob(own)) == (stop == signal.SIGKILL)
+    if stop != signal.SIGKILL:
+        assert error.splitlines() == ["", "download: stopped; the same command goes on"]
+    assert [n for n in tree(root) if not n.startswith(files_of.TEMPORARY)] == ["meta.csv"]
     with pytest.raises(DataError, match="no labelled case"):
         find_cases(root)
+    mine = root / ".partial-mine"  # looks like something temporary, and is the user's
+    mine.mkdir()
     server.faults = iter(())
     assert run("totalsegmentator-ct", "--cases", "2") == 0
     assert tree(root) == wanted(files, ["s0000", "s0001"])
-    assert not any(root.glob(".partial-*"))
+    assert mine.exists()
+    assert not any(root.glob(own))
 
 
 @pytest.mark.parametrize("name", ["totalsegmentator-ct", "amos22"])
@@ -453,12 +542,64 @@ def test_tries_end(run, server, waits, tmp_path, capsys):
     server.faults = itertools.chain([{}] * 3, itertools.repeat({"drop": 0}))
     assert run("totalsegmentator-ct") == 1
     assert waits == [1, 3, 10, 30, 60]
-    assert "By hand: download it" in capsys.readouterr().err
+    assert "by hand: download it" in capsys.readouterr().err
     assert tree(tmp_path / "data") == {}
-    server.server_close()  # nobody listens
+
+
+def test_where_nobody_answers_there_is_one_short_retry(waits, tmp_path, capsys):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        mirror = f"http://127.0.0.1:{free.getsockname()[1]}"  # nobody listens
+        args = ["totalsegmentator-ct", "--out", str(tmp_path), "--mirror", mirror]
+        assert download.main(args) == 1
+    assert waits == [1]
+    first, last = capsys.readouterr().err.splitlines()
+    assert first == "download: [Errno 111] Connection refused; next try in 1 s"
+    assert "Connection refused; by hand: download it" in last
+
+
+@pytest.mark.parametrize(
+    ("what", "tries"),
+    [
+        (urllib.error.URLError(socket.gaierror(-2, "Name or service not known")), 1),
+        (urllib.error.URLError(TimeoutError("timed out")), 1),
+        (urllib.error.URLError(OSError(101, "Network is unreachable")), 1),
+        (urllib.error.URLError(ssl.SSLCertVerificationError(1, "self-signed certificate")), 1),
+        (http.client.BadStatusLine("SSH-2.0-OpenSSH"), 1),
+        (http.client.InvalidURL("nonnumeric port"), 1),
+        (UnicodeError("label empty or too long"), 1),
+        (ConnectionResetError(104, "Connection reset by peer"), 5),
+        (http.client.RemoteDisconnected("Remote end closed connection without response"), 5),
+        (urllib.error.URLError(ConnectionResetError(104, "Connection reset by peer")), 5),
+    ],
+)
+def test_a_wrong_address_and_a_busy_one(run, waits, monkeypatch, capsys, what, tries):
+    """A wrong one is tried once more; once somebody has answered there all is waited for."""
+
+    def fail(*args, **more):
+        raise what
+
+    monkeypatch.setattr(download.urllib.request, "urlopen", fail)
     assert run("totalsegmentator-ct") == 1
-    assert waits == [1, 3, 10, 30, 60] * 2
-    assert "refused" in capsys.readouterr().err
+    assert waits == [1, 3, 10, 30, 60][:tries]
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert str(getattr(what, "reason", what)) in last
+    assert last.endswith("meta.csv is there; the same command goes on")
+
+
+def test_a_network_that_goes_away_is_waited_for(run, server, waits, tmp_path, monkeypatch):
+    files, calls, urlopen = cases(range(1)), itertools.count(), urllib.request.urlopen
+    server.put(CT, zipped(files))
+
+    def gone_for_a_while(*args, **more):
+        if 2 <= next(calls) < 6:
+            raise urllib.error.URLError(socket.gaierror(-3, "Temporary failure"))
+        return urlopen(*args, **more)
+
+    monkeypatch.setattr(download.urllib.request, "urlopen", gone_for_a_while)
+    assert run("totalsegmentator-ct") == 0
+    assert waits == [1, 3, 10, 30]
+    assert tree(tmp_path / "data/totalsegmentator-ct") == wanted(files, ["s0000"])
 
 
 @pytest.mark.parametrize(
@@ -590,6 +731,10 @@ def damaged(content, name, how):
         data[first - 5] ^= 255  # of the name
     elif how == "method":
         data[entry + 10] = 9  # Deflate64, which Windows uses for large files
+    elif how == "password":
+        data[entry + 8] |= 1
+    elif how == "patched":
+        data[entry + 8] |= 32
     elif how == "size":
         data[entry + 20 : entry + 28] = 2 * (10**8).to_bytes(4, "little")  # more than there is
     return bytes(data)
@@ -598,7 +743,10 @@ def damaged(content, name, how):
 @pytest.mark.parametrize(
     ("method", "how"),
     [(zipfile.ZIP_STORED, how) for how in ("data", "header", "size")]
-    + [(zipfile.ZIP_DEFLATED, how) for how in ("data", "header", "stream", "method")],
+    + [
+        (zipfile.ZIP_DEFLATED, how)
+        for how in ("data", "header", "stream", "method", "password", "patched")
+    ],
 )
 def test_a_damaged_case_is_left_out(run, server, tmp_path, capsys, method, how):
     files, root = cases(range(3)), tmp_path / "data/totalsegmentator-ct"
@@ -609,17 +757,37 @@ def test_a_damaged_case_is_left_out(run, server, tmp_path, capsys, method, how):
     assert re.search(r"s0001\S* is left out: ", shown.err)
     assert "1 of them damaged" in shown.out
     assert tree(root) == wanted(files, ["s0000", "s0002"])
-    assert {path.name for path in root.iterdir()} == {"meta.csv", "s0000", "s0002"}
+    assert {path.name for path in root.iterdir()} == {"lock", "meta.csv", "s0000", "s0002"}
     server.put(CT, content)  # it was the line, or somebody has mended it
     assert run("totalsegmentator-ct") == 0
     assert tree(root) == wanted(files, ["s0000", "s0001", "s0002"])
+
+
+def broken_directories():
+    """A zip with each byte of its directory and its end spoilt."""
+    content = zipped({"meta.csv": b"", "ü/ct.nii.gz": b"a"}, zip64=True)
+    start = content.index(b"PK\x01\x02")
+    for n in range(start, len(content)):
+        for bits in (1, 128, 255):
+            yield content[:n] + bytes([content[n] ^ bits]) + content[n + 1 :]
+
+
+def test_a_spoilt_directory_is_no_traceback(server, tmp_path):
+    url, n = f"{server.url}/{CT}", 0
+    for content in broken_directories():
+        server.put(CT, content)
+        with pytest.raises(download.DownloadError):
+            download.download(url, tmp_path / "x", 1)
+        n += 1
+    assert n > 400
+    assert tree(tmp_path) == {}
 
 
 @pytest.mark.parametrize("content", [b"<html>Sign in</html>", b"", zipped({"a": b"b" * 99})[:-9]])
 def test_what_is_no_zip(run, server, waits, tmp_path, capsys, content):
     server.put(CT, content)
     assert run("totalsegmentator-ct") == 1
-    assert "download.py: " in capsys.readouterr().err
+    assert "download: the run failed: " in capsys.readouterr().err
     assert tree(tmp_path) == {}
 
 
@@ -634,7 +802,7 @@ def test_a_damaged_case_and_a_whole_data_set(run, server, tmp_path):
 def test_a_zip_without_cases(run, server, tmp_path, capsys):
     server.put(CT, zipped(case("s0000", organs=ORGANS) | {"s0000/ct.nii.gz": b""}, prefix="1"))
     assert run("totalsegmentator-ct") == 1
-    assert "the zip holds no complete case. By hand" in capsys.readouterr().err
+    assert "the zip holds no complete case; by hand" in capsys.readouterr().err
     assert tree(tmp_path) == {}
 
 
@@ -693,7 +861,9 @@ def test_a_dry_run_asks_nothing(run, server, tmp_path, monkeypatch, capsys):
     assert download.main([*names, "--dry-run", "--all", "--out", str(tmp_path / "x")]) == 0
     shown = capsys.readouterr().out
     assert "https://zenodo.org/records/7262581/files/amos22.zip?download=1\n" in shown
-    assert "https://zenodo.org/records/14710732; licence: see there; cite: Akinci" in shown
+    assert (
+        "https://zenodo.org/records/14710732; licence: see the record's page; cite: Akinci" in shown
+    )
     assert re.findall(r"about ([0-9.]+) of", shown) == ["23.6", "3.2", "5.1", "24.0"]
     assert (server.log, list(tmp_path.iterdir())) == ([], [])
 
@@ -708,6 +878,15 @@ def test_a_dry_run_asks_nothing(run, server, tmp_path, monkeypatch, capsys):
         "amos22 --cases x",
         "amos22 --al",
         "amos22 --mirror /me",
+        "amos22 --mirror ftp://localhost",
+        "amos22 --mirror http://",
+        "amos22 --mirror http:///data",
+        "amos22 --mirror http://localhost:x/data",
+        "amos22 --mirror http://[::1/data",
+        "amos22 --mirror http://localhost/däta",
+        "amos22 --mirror http://localhöst/data",
+        "amos22 --mirror http://localhost/\x00",
+        "amos22 --mirror http://localhost/\udcff",
     ],
 )
 def test_bad_input(args, capsys):
@@ -715,3 +894,22 @@ def test_bad_input(args, capsys):
         download.main([*args.split(), "--dry-run"])
     assert stop.value.code == 2
     assert "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "mirror", ["http://[::1]:80", "https://a-b.example.org/x/?y=%C3%BC", "http://a"]
+)
+def test_addresses_of_mirrors(mirror, capsys):
+    assert download.main(["amos22", "--dry-run", "--mirror", mirror]) == 0
+    assert f"from {mirror}/amos22.zip" in capsys.readouterr().out
+
+
+def test_help_begins_with_a_line_to_paste_and_needs_no_utf_8(tmp_path):
+    env = {**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "100"}
+    args = [sys.executable, "-m", "scripts.download", "--help"]
+    done = subprocess.run(args, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    lines = [line.strip() for line in done.stdout.splitlines()]
+    assert lines[0].startswith("usage: python -m scripts.download DATA_SET [DATA_SET ")
+    [command] = [line for line in lines[1:] if line.startswith("python -m scripts.download ")]
+    assert download.main([*shlex.split(command)[3:], "--dry-run"]) == 0
+    assert done.stderr == ""
