@@ -20,10 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 
-import fedgin
-from config import Config
-from evaluate import choose_device
-from hospitals import Hospital, load_hospitals
+from study.config import Config
+from study.hospitals import Hospital, load_hospitals
+from study.inference import choose_device
 
 
 def device_argument(description: str) -> torch.device:
@@ -92,8 +91,9 @@ def peak_memory() -> float:
     return int(re.findall(r"VmHWM:\s*(\d+)", status)[0]) / 2**10
 
 
-def settings(*args: str) -> Config:
-    return fedgin.parse(list(args))
+def settings(**changes: Any) -> Config:
+    """The defaults for phantoms in the complete scenario, but for the changes."""
+    return Config("complete", **changes)
 
 
 def phantom_hospitals(config: Config) -> list[Hospital]:

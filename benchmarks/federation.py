@@ -15,19 +15,20 @@ import time
 import torch
 
 import fedgin
-from arms import ARMS
 from benchmarks.compare import device_argument, in_processes, phantom_hospitals, report, settings
-from evaluate import mixed_precision
 from federated import federated_rounds, train_locally
+from study.config import Training
+from study.inference import mixed_precision
 
 ROUNDS = 3
 
 
 def prepare(hospitals: int, device_name: str):
     """The model, who trains it, and how: the same for both sides."""
-    config = settings("--sites", str(hospitals // 2), "--scenario", "complete")
+    config = settings(sites=hospitals // 2)
     device = torch.device(device_name)
-    clients = fedgin.make_clients(config, 0, ARMS["fl"], phantom_hospitals(config), device)
+    everyone = phantom_hospitals(config)
+    clients = fedgin.make_clients(config, Training(0, "fl"), everyone, device)
     train = functools.partial(train_locally, autocast=mixed_precision(device))
     return fedgin.make_model(config, 0, device), clients, train, config.lr
 

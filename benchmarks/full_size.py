@@ -18,7 +18,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,16 +27,17 @@ import torch
 
 import data
 import fedgin
-import results
-from arms import ARMS
 from benchmarks.compare import alternate, in_processes, parse
 from benchmarks.full_size_data import GRIDS, link_half, write
 from benchmarks.full_size_run import PARTS, Pointwise, score_shifted, timed
-from benchmarks.full_size_study import SEEDS, mean_passes, passes, show_study, show_validation
-from config import Config
-from evaluate import mixed_precision
-from federated import train_locally, weighted_average
-from hospitals import Hospital, find_sources
+from benchmarks.full_size_study import SEEDS, passes, passes_of, show_study, show_validation
+from federated import RunningAverage, train_locally
+from scans.cache import cache_bytes
+from scans.cases import PreparedCase, load_cases
+from study.config import Checkpoint, Config, Round, Training
+from study.hospitals import Hospital, find_sources
+from study.inference import mixed_precision
+from study.trainings import TrainingFolder
 
 STAND_IN = "benchmarks.full_size_run"
 SCANS = Config(ct=("CT",), mri=("MRI",))  # for its defaults
@@ -46,7 +47,8 @@ SIZES = ("spacing", "patch", "width", "depth")
 def configure(folder: Path, args: argparse.Namespace) -> Config:
     ct, mri, test = ((str(folder / name),) for name in GRIDS)
     sizes = {name: getattr(args, name) for name in SIZES}
-    about = {"cache": str(folder / "cache"), "seeds": SEEDS, "gin_probability": (1.0,)}
+    about = {"out": str(folder / "runs/study"), "cache": str(folder / "cache")}
+    about |= {"seeds": SEEDS, "gin_probability": (1.0,)}
     return Config("complete", ct=ct, mri=mri, test=test, **about, **sizes)
 
 
@@ -66,18 +68,18 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 # ------------------------------------------------------------------------------------ before a step
 
 
-def preprocess(config: Config, found: dict[str, float]) -> dict[str, list]:
-    """The volumes of each data set, by way of an empty cache."""
-    cores, volumes = len(os.sched_getaffinity(0)), {}
+def preprocess(config: Config, found: dict[str, float]) -> dict[str, list[PreparedCase]]:
+    """The cases of each data set, by way of an empty cache."""
+    cores, prepared = len(os.sched_getaffinity(0)), {}
     for name, _, _, cases in find_sources(config):
         about = cases, config.organs, config.spacing
-        work = functools.partial(data.load_cases, *about, Path(config.cache))
+        work = functools.partial(load_cases, *about, Path(config.cache))
         (loaded, _), seconds, used = clock(work)
-        volumes[name] = [*loaded.values()]
+        prepared[name] = [*loaded.values()]
         each = seconds * min(cores, len(cases)) / len(cases)
-        files = [file for volume in volumes[name] for file in volume.folder.iterdir()]
+        files = [file for case in prepared[name] for file in case.volume.folder.iterdir()]
         written = sum(file.stat().st_size for file in files) / len(cases)
-        predicted = data.cache_bytes(*about) / len(cases)
+        predicted = cache_bytes(*about) / len(cases)
         found |= {f"preprocessing {name}": each, f"cache {name}": written}
         print(
             f"preprocessing {name}: {len(cases)} cases, {each:.2f} s a case and worker, "
@@ -85,11 +87,12 @@ def preprocess(config: Config, found: dict[str, float]) -> dict[str, list]:
             f"{predicted / 1e6:.1f} predicted",
             flush=True,
         )
-    return volumes
+    return prepared
 
 
-def load(config: Config, volumes: Sequence, batches: int, repeats: int) -> None:
+def load(config: Config, cases: Sequence[PreparedCase], batches: int, repeats: int) -> None:
     """How many batches a second come out of the cache."""
+    volumes = [case.volume for case in cases]
     checked = [clock(lambda v=v: (v.image, v.labels, v.foreground_voxels))[1] for v in volumes]
     rates = []
     for turn in range(repeats):
@@ -156,20 +159,23 @@ def show_runs(until: str, n: int, values: dict[str, list], found: dict[str, floa
 
 def whole_volumes(
     config: Config,
-    volumes: dict[str, list],
+    cases: dict[str, list[PreparedCase]],
     device: torch.device,
     repeats: int,
     found: dict[str, float],
 ) -> None:
     """Validation and the test with the stand-in; the test with its overlap and without, in turn."""
     model = Pointwise(1, len(config.organs) + 1).to(device)
-    held_out = [v for name in ("ct", "mri") for v in volumes[name][: len(GRIDS[name])]]
+    held_out = [case for name in ("ct", "mri") for case in cases[name][: len(GRIDS[name])]]
     _, seconds, _ = clock(lambda: fedgin.validate(config, model, held_out, ("mri", "ct")))
-    hospital = Hospital("amos22", "", (), (), volumes["amos22"][: len(GRIDS["amos22"])])
-    n, parts = len(hospital.test), dict[str, float]()
+    tests = cases["amos22"][: len(GRIDS["amos22"])]
+    hospital, n, parts = Hospital("amos22", "", (), (), tests), len(tests), dict[str, float]()
+
+    def one_by_one(function: Callable, jobs: Iterable[tuple]) -> Iterator[tuple]:
+        return ((name, function(*args)) for name, args in jobs)
 
     def in_turn() -> None:
-        with mock.patch.object(data, "prefetch", lambda items, pin: items):
+        with mock.patch.object(fedgin, "in_background", one_by_one):
             run()
 
     def run() -> None:
@@ -177,13 +183,14 @@ def whole_volumes(
         segment = timed(fedgin.segment, parts, "segmenting")
         score_case = timed(score_shifted, parts, "scoring")
         with mock.patch.multiple(fedgin, segment=segment, score_case=score_case):
-            collections.deque(fedgin.test(config, model, [hospital]), maxlen=0)
+            pairs = [(hospital, case) for case in tests]
+            collections.deque(fedgin.run_test(config, model, pairs), maxlen=0)
 
     times = alternate({"overlapping": run, "in turn": in_turn}, device, repeats, warm_up=0)
     each = {side: [s / n for s in values] for side, values in times.items()}
     found |= {"validation": seconds / len(held_out), "test": statistics.median(each["overlapping"])}
-    for name, cases in (("validation", held_out), ("test", hospital.test)):
-        found[f"{name} passes"] = mean_passes(config, cases)
+    for name, chosen in (("validation", held_out), ("test", tests)):
+        found[f"{name} passes"] = statistics.mean(passes_of(config, chosen))
     print(
         f"validation with the stand-in: {found['validation']:.2f} s a case\n"
         f"test with the stand-in: {spread(each['overlapping'])} s a case, in turn "
@@ -195,26 +202,30 @@ def whole_volumes(
 
 def unet(
     config: Config,
-    volumes: Sequence,
+    cases: Sequence[PreparedCase],
     device: torch.device,
     args: argparse.Namespace,
     found: dict[str, float],
 ) -> None:
     """Training steps as a hospital does them, a case of validation, and what ends a round."""
     model, n = fedgin.make_model(config, SEEDS[0], device), len(config.organs) + 1
-    hospital, case = Hospital("ct", "ct", volumes, (), ()), volumes[2]  # of middling size
+    hospital, case = Hospital("ct", "ct", cases, (), ()), cases[2]  # of middling size
+    training = Training(SEEDS[0], "ct-only+gin", p=1.0)
+    folder = TrainingFolder(config, "", training)
 
     def train() -> None:
-        shorter, arm = dataclasses.replace(config, local_steps=args.steps), ARMS["ct-only+gin"]
-        client = fedgin.make_clients(shorter, SEEDS[0], arm, [hospital], device)["ct"]
+        shorter = dataclasses.replace(config, local_steps=args.steps)
+        client = fedgin.make_clients(shorter, training, [hospital], device)["ct"]
         work = client.batches(1), client.loss_function
         train_locally(model, *work, lr=config.lr, autocast=mixed_precision(device))
 
     def end_round() -> None:
-        model.load_state_dict(weighted_average([(model.state_dict(), 1.0)] * 2))
-        state = fedgin.new_state(SEEDS[0], "fedgin p=1")
-        state = fedgin.keep_round(state, model, {"ct": 1.0}, {"ct": 1.0}, 1.0)
-        results.save(Path(config.cache) / "checkpoint.pt", state)
+        average = RunningAverage()
+        for _ in range(2):
+            average.add(model.state_dict(), 1.0)
+        model.load_state_dict(average.result())
+        done = Round(1, {"ct": 1.0}, {"ct": 1.0}, seconds=1.0)
+        folder.keep_round(fedgin.keep_round(Checkpoint(), model, done))
 
     train()  # cuDNN tries its algorithms
     steps = [clock(train)[1] / args.steps for _ in range(args.repeats)]
@@ -222,12 +233,13 @@ def unet(
         clock(lambda m=m: fedgin.validate(config, m, [case], ("ct",)))[1]
         for m in (model, Pointwise(1, n).to(device))
     )
-    calls = passes(config.patch, case.labels.shape)
+    size = case.volume.labels.shape
+    calls = passes(config.patch, size)
     found |= {"step": statistics.median(steps), "pass": (whole - rest) / calls}
     found["round"] = statistics.median(clock(end_round)[1] for _ in range(3))
     print(
         f"U-Net: {spread(steps)} s a training step; {whole:.2f} s to validate on "
-        f"{case.labels.shape} voxels, in {calls} forward passes of {found['pass']:.2f} s; "
+        f"{size} voxels, in {calls} forward passes of {found['pass']:.2f} s; "
         f"{found['round']:.2f} s to average two models and write a checkpoint",
         flush=True,
     )
@@ -247,13 +259,13 @@ def main() -> None:
         print(f"{cases} cases written in {seconds:.0f} s", flush=True)
         for left in ("cache", "half", "runs"):  # by an earlier run in --folder
             shutil.rmtree(folder / left, ignore_errors=True)
-        volumes = preprocess(config, found)
+        prepared = preprocess(config, found)
         for name in ("ct", "mri"):
-            load(config, volumes[name], args.batches, args.repeats)
-        show_validation(config, volumes)
+            load(config, prepared[name], args.batches, args.repeats)
+        show_validation(config, prepared)
         start(config, folder, sum(cases.values()), args.repeats, found)
-        whole_volumes(config, volumes, device, args.repeats, found)
-        unet(config, volumes["ct"], device, args, found)
+        whole_volumes(config, prepared, device, args.repeats, found)
+        unet(config, prepared["ct"], device, args, found)
         show_study(config, found, device.type)
 
 

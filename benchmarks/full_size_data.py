@@ -15,9 +15,10 @@ import nibabel
 import numpy as np
 import torch
 
-from datasets import AMOS_LABELS, ORGANS, TOTALSEGMENTATOR_MASKS, find_cases
-from nifti import resample_labels
-from phantom import SIZE, SPACING, phantom
+from data import resample_labels
+from scans.layouts import find_cases
+from scans.organs import AMOS, ORGANS, match
+from scans.phantom import SIZE, SPACING, make_phantom
 
 GRIDS: dict[str, tuple] = {  # of each data set: modality, voxels and mm along R, A and S
     "ct": (
@@ -73,7 +74,7 @@ def enlarge(
     def resample(volume: np.ndarray) -> np.ndarray:
         return np.einsum("xi,yj,zk,ijk->xyz", *weights, volume, optimize=True)
 
-    image, labels = phantom(0, modality, index)
+    image, labels = make_phantom(0, modality, index)
     one_hot = ((labels == n).astype(np.float32) for n in range(len(ORGANS) + 1))
     scores = (torch.from_numpy(resample(mask)) for mask in one_hot)
     image = resample(image)
@@ -87,7 +88,7 @@ def _write_totalsegmentator(
     case, middle = root / f"s{index:04d}", len(labels) // 2
     _save(case / f"{modality}.nii.gz", image + np.int16(index), mm)
     for label, organ in enumerate(ORGANS, start=1):
-        names = TOTALSEGMENTATOR_MASKS[organ]
+        names = ["kidney_left", "kidney_right"] if organ == "kidneys" else [organ]
         halves = [slice(middle), slice(middle, None)] if len(names) == 2 else [slice(None)]
         for name, half in zip(names, halves, strict=True):
             mask = np.zeros_like(labels)
@@ -99,9 +100,10 @@ def _write_amos(
     root: Path, modality: str, mm: np.ndarray, image: np.ndarray, labels: np.ndarray, index: int
 ) -> None:
     name = f"amos_{index + (501 if modality == 'mri' else 1):04d}.nii.gz"
-    numbers = np.array([0, *(AMOS_LABELS[organ][0] for organ in ORGANS)], np.uint8)
+    by_name = {name: number for number, name in AMOS.items()}
+    numbers = [by_name[match([organ], by_name)[organ][0]] for organ in ORGANS]
     _save(root / "imagesTr" / name, image + np.int16(index), mm)
-    _save(root / "labelsTr" / name, numbers[labels], mm)
+    _save(root / "labelsTr" / name, np.array([0, *numbers], np.uint8)[labels], mm)
 
 
 def _save(path: Path, array: np.ndarray, mm: np.ndarray) -> None:

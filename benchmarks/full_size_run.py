@@ -22,8 +22,8 @@ from torch import nn  # noqa: E402
 import data  # noqa: E402
 import evaluate  # noqa: E402
 import fedgin  # noqa: E402
-import hospitals  # noqa: E402
 from benchmarks.compare import peak_memory  # noqa: E402
+from study import hospitals  # noqa: E402
 
 PARTS = {  # of the start
     "listing": (hospitals, "find_sources"),

@@ -1,7 +1,7 @@
 """What the parts that full_size.py measures come to in a study of all cases, in five arms.
 
-It counts by the program's own rules: arms.choose_cases, hospitals.validation_cases and the defaults
-for scans, but for GIN's share of the images: the paper's alone.
+It counts by the program's own rules: fedgin.choose_cases, hospitals.validation_cases and the
+defaults for scans, but for GIN's share of the images: the paper's alone.
 """
 
 import dataclasses
@@ -9,23 +9,27 @@ import functools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 
-from arms import choose_cases, label_arms, taking_part
-from config import Config
-from download import DATA_SETS
 from evaluate import sliding_window
-from hospitals import VAL_CASES, Hospital, validation_cases
+from fedgin import ARMS, choose_cases, plan
+from scans.cases import PreparedCase
+from scripts.download import DATA_SETS
+from study.config import Config
+from study.hospitals import VAL_CASES, Hospital, validation_cases
 
 SEEDS = (42, 123, 215)
 STEP = 3  # forward passes that a training step counts as: one, and two for the way back
 DOWNLOADS = ("totalsegmentator-ct", "totalsegmentator-mri", "amos22")
 CASES = {"ct": 1228, "mri": 616, "amos22": 360}
+CASE: Any = SimpleNamespace(volume=None)  # it is only counted
 HOSPITALS = (  # with --test, nobody is tested on test cases of the first two's own
-    Hospital("mri", "mri", range(505), range(56), ()),  # 561, of which a tenth validates
-    Hospital("ct", "ct", range(1082), range(57), ()),
-    Hospital("amos22", "", (), (), range(360)),
+    Hospital("mri", "mri", [CASE] * 505, [CASE] * 56, ()),  # 561, of which a tenth validates
+    Hospital("ct", "ct", [CASE] * 1082, [CASE] * 57, ()),
+    Hospital("amos22", "", (), (), [CASE] * 360),
 )
 
 
@@ -42,25 +46,26 @@ def passes(patch: int, shape: tuple[int, ...]) -> int:
     return len(calls)
 
 
-def mean_passes(config: Config, volumes: Sequence) -> float:
-    return statistics.mean(passes(config.patch, volume.labels.shape) for volume in volumes)
+def passes_of(config: Config, cases: Sequence[PreparedCase]) -> list[int]:
+    """Forward passes over each of the cases."""
+    return [passes(config.patch, case.volume.labels.shape) for case in cases]
 
 
-def show_validation(config: Config, volumes: Mapping[str, list]) -> None:
+def show_validation(config: Config, cases: Mapping[str, list[PreparedCase]]) -> None:
     """The share of forward passes that validation has at a hospital, with its cases by the rule."""
     training, all_of_it = STEP * config.local_steps * config.val_every, 0.0
     for name in ("mri", "ct"):
-        hospital = Hospital(name, name, (), volumes[name], ())
-        chosen = [validation_cases(seed, [hospital]) for seed in SEEDS]
-        found = [sum(passes(config.patch, v.labels.shape) for v in cases) for cases in chosen]
+        hospital = Hospital(name, name, (), cases[name], ())
+        chosen = [validation_cases(seed, [hospital], [name]) for seed in SEEDS]
+        found = [sum(passes_of(config, held_out)) for held_out in chosen]
         n = statistics.mean(found)
         all_of_it += n
         print(
-            f"validation of {name}: {len(chosen[0])} of {len(volumes[name])} cases, {n:.0f} "
+            f"validation of {name}: {len(chosen[0])} of {len(cases[name])} cases, {n:.0f} "
             f"forward passes ({min(found)} … {max(found)} by seed) every {config.val_every} "
             f"rounds, in which training has {training}: a share of {n / (n + training):.1%}"
         )
-    most = max(passes(config.patch, v.labels.shape) for v in [*volumes["ct"], *volumes["mri"]])
+    most = max(passes_of(config, [*cases["ct"], *cases["mri"]]))
     print(
         f"validation of both: a share of {all_of_it / (all_of_it + 2 * training):.1%}; 20% at "
         f"{training / 4 / VAL_CASES:.0f} forward passes a case, the largest here takes {most}",
@@ -72,14 +77,14 @@ def count(config: Config) -> dict[str, int]:
     """Steps, rounds, cases to validate and cases to test in the study."""
     total = dict.fromkeys(("steps", "rounds", "validation", "test"), 0)
     validations = math.ceil(config.rounds / config.val_every)
-    for arm in label_arms(config).values():
-        steps = sum(n for _, n in choose_cases(config, arm, HOSPITALS).values())
-        total["steps"] += config.rounds * steps
+    for training in plan(config):
+        n_hospitals = len(choose_cases(config, training, HOSPITALS))
+        total["steps"] += config.rounds * config.local_steps * n_hospitals
         total["rounds"] += config.rounds
-        held_out = [min(VAL_CASES, len(h.val)) for h in taking_part(arm, HOSPITALS)]
-        total["validation"] += validations * sum(held_out)
+        validating = [h for h in HOSPITALS if h.modality in ARMS[training.arm].modalities]
+        total["validation"] += validations * sum(min(VAL_CASES, len(h.val)) for h in validating)
         total["test"] += sum(len(h.test) for h in HOSPITALS)
-    return {what: len(SEEDS) * n for what, n in total.items()}
+    return total
 
 
 def show_study(config: Config, found: Mapping[str, float], where: str) -> None:
@@ -110,6 +115,6 @@ def show_study(config: Config, found: Mapping[str, float], where: str) -> None:
     default = dataclasses.replace(config, gin_probability=Config().gin_probability)
     shares = " and ".join(f"{p:g}" for p in default.gin_probability)
     print(
-        f"By default GIN's arms are trained for the shares {shares}: {len(label_arms(default))} "
-        f"trainings a seed instead of {len(label_arms(config))}, {count(default)['steps']:,} steps"
+        f"By default GIN's arms are trained for the shares {shares}: {len(plan(default))} "
+        f"trainings instead of {len(plan(config))}, {count(default)['steps']:,} steps"
     )

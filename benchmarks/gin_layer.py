@@ -1,24 +1,30 @@
-"""GIN beside its naive form, and its share of a training step.
+"""GIN beside its naive form and one of depthwise convolutions, and its share of a training step.
 
 python -m benchmarks.gin_layer [--device cuda]
 """
 
+import sys
+from collections.abc import Callable
+from unittest import mock
+
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.compare import alternate, device_argument, report
-from evaluate import mixed_precision
 from federated import train_locally
-from gin import gin
+from gin import CONVOLUTION, _draw_all, gin
+from study.inference import mixed_precision
 from unet3d import UNet3D, memory_format
 
+GIN_MODULE = sys.modules[gin.__module__]
 
-def naive(x: torch.Tensor) -> torch.Tensor:
+
+def naive(x: Tensor, sizes: list[int]) -> Tensor:
     """The formula as it is written: one grouped convolution a layer, in the default layout."""
     batch, channels = x.shape[:2]
     h, widths = x.reshape(1, batch * channels, *x.shape[2:]), [channels, 2, 2, 2, channels]
-    for layer in range(4):
-        k = (1, 3)[int(torch.randint(2, ()))]
+    for layer, k in enumerate(sizes):
         c_in, c_out = widths[layer], widths[layer + 1]
         kernel = torch.randn(batch * c_out, c_in, k, k, k, device=x.device)
         bias = torch.randn(batch * c_out, device=x.device)
@@ -31,23 +37,50 @@ def naive(x: torch.Tensor) -> torch.Tensor:
     return mixed * restored / (torch.linalg.vector_norm(mixed, **norm) + 1e-5)
 
 
-def seeded(function, x, calls):
-    """A fixed number of calls from one seed, so that both sides draw the same kernel sizes."""
+def depthwise(h: Tensor, weights: list[Tensor]) -> Tensor:
+    """gin._network with a group for each channel of each image, and a sum over these.
+
+    For that PyTorch has CUDA kernels of its own: float32 proper, and nothing for cuDNN to try out.
+    """
+    batch, _, *space = h.shape
+    for layer, (kernels, biases) in enumerate(zip(weights[::2], weights[1::2], strict=True)):
+        if layer > 0:
+            h = F.leaky_relu_(h, 0.01)
+        c_in, *size = kernels.shape[1:]
+        split = kernels.reshape(batch, -1, c_in, *size).transpose(1, 2).reshape(-1, 1, *size)
+        h, padding = h.reshape(1, batch * c_in, *space), size[0] // 2
+        h = CONVOLUTION[len(space)](h, split, padding=padding, groups=batch * c_in)
+        h = h.reshape(batch, c_in, -1, *space).sum(dim=1)
+        h += biases.view(batch, -1, *[1] * len(space))
+    return h
+
+
+def sides(x: Tensor, calls: int) -> dict[str, Callable[[], object]]:
+    """So many calls of each form, from one seed and with kernels of the same sizes in each."""
     torch.manual_seed(0)
-    for _ in range(calls):
-        function(x)
+    channels = [x.shape[1], 2, 2, 2, x.shape[1]]
+    drawn = [_draw_all(x, channels, (1, 3), None) for _ in range(calls)]
+    sizes = [[kernels.shape[-1] for kernels in parts[:-1:2]] for parts in drawn]
+
+    def ours() -> None:
+        torch.manual_seed(0)
+        for _ in range(calls):
+            gin(x)
+
+    return {
+        "gin": ours,
+        "naive": lambda: [naive(x, each) for each in sizes],
+        "depthwise": mock.patch.object(GIN_MODULE, "_network", depthwise)(ours),
+    }
 
 
 def main() -> None:
     device = device_argument(__doc__)
     for patch in (32, 48, 64, 96):
         x, calls = torch.randn(2, 1, patch, patch, patch, device=device), max(2, 20 * 32 // patch)
-        sides = {
-            "gin": lambda x=x, n=calls: seeded(gin, x, n),
-            "naive": lambda x=x, n=calls: seeded(naive, x, n),
-        }
         with torch.no_grad():
-            report(f"GIN of 2 × 1 × {patch}³, {calls} calls", alternate(sides, device, repeats=9))
+            times = alternate(sides(x, calls), device, repeats=9)
+            report(f"GIN of 2 × 1 × {patch}³, {calls} calls", times)
     autocast = mixed_precision(device)
     for name, width, depth, patch in (("phantoms", 8, 4, 32), ("scans", 32, 5, 96)):
         slow = patch == 96 and device.type == "cpu"
@@ -59,8 +92,8 @@ def main() -> None:
         def steps(m=model, batches=((x, targets),) * calls):
             train_locally(m, batches, F.cross_entropy, lr=1e-3, autocast=autocast)
 
-        sides = {"gin": lambda x=x, n=calls: seeded(gin, x, n), "training steps": steps}
-        times = alternate(sides, device, repeats)
+        both = {"gin": sides(x, calls)["gin"], "training steps": steps}
+        times = alternate(both, device, repeats)
         report(f"GIN's share at the defaults for {name}, {calls} batches", times)
 
 

@@ -13,13 +13,13 @@ import torch
 
 import data
 import fedgin
-from arms import ARMS
 from benchmarks.compare import device_argument, in_processes, peak_memory, settings
-from cache import CachedVolume, write_entry
-from datasets import Case
 from federated import federated_rounds
-from hospitals import Hospital
-from phantom import phantom
+from scans.cache import CachedVolume, pack_target, write_entry
+from scans.cases import PreparedCase
+from scans.phantom import SPACING, make_phantom
+from study.config import Training
+from study.hospitals import Hospital
 
 CASES, REPEATS = 512, 2
 LAYOUTS = ((2, 1), (64, 1), (512, 1), (2, 16))  # hospitals, rounds
@@ -28,25 +28,19 @@ LAYOUTS = ((2, 1), (64, 1), (512, 1), (2, 16))  # hospitals, rounds
 def write_cases(folder: Path) -> None:
     """CASES phantoms in the form in which preprocessed scans are cached."""
     for index in range(CASES):
-        image, labels = phantom(0, "ct", index)
+        image, labels = make_phantom(0, "ct", index)
         image = data.normalize(image, "ct")
         volume = data.make_volume(str(index), "ct", image, labels, np.ones(6, bool))
-        write_entry(folder / str(index), volume)
+        write_entry(folder / str(index), volume, pack_target(labels, (SPACING,) * 3))
 
 
 def train(folder: Path, hospitals: int, rounds: int, device: torch.device) -> dict:
     """As many steps in all, whatever the number of hospitals and rounds."""
-    steps = str(CASES // hospitals // rounds)
-    config = settings("--scenario", "complete", "--local-steps", steps)
-    case = Case("file", str(folder), "", "ct", "", folder, {})
-    volumes = [
-        CachedVolume(folder / str(i), case._replace(id=str(i)), np.ones(6, bool), write_cases)
-        for i in range(CASES)
-    ]
-    split = [
-        Hospital(f"hospital {k}", "ct", volumes[k::hospitals], [], []) for k in range(hospitals)
-    ]
-    clients = fedgin.make_clients(config, 0, ARMS["ct-only+gin"], split, device)
+    config = settings(local_steps=CASES // hospitals // rounds)
+    volumes = [CachedVolume(folder / str(i), str(i), "ct", np.ones(6, bool)) for i in range(CASES)]
+    cases = [PreparedCase(volume, volume.read_target, files=[]) for volume in volumes]
+    split = [Hospital(f"hospital {k}", "ct", cases[k::hospitals], [], []) for k in range(hospitals)]
+    clients = fedgin.make_clients(config, Training(0, "ct-only+gin", p=1.0), split, device)
     model = fedgin.make_model(config, 0, device)
     for _ in federated_rounds(model, clients, rounds, lambda _: config.lr):
         pass

@@ -5,34 +5,33 @@ python -m benchmarks.overhead [--device cuda]
 
 import functools
 import tempfile
-from pathlib import Path
 
 import fedgin
-import results
-from arms import ARMS
 from benchmarks.compare import alternate, device_argument, phantom_hospitals, report, settings
-from evaluate import mixed_precision
 from federated import federated_rounds, train_locally
+from study.config import Checkpoint, Round, Training
+from study.inference import mixed_precision
+from study.trainings import TrainingFolder
 
 
 def main() -> None:
     device = device_argument(__doc__)
     for sites in (1, 4):
-        config = settings("--sites", str(sites), "--scenario", "complete")
+        config, training = settings(sites=sites), Training(0, "fl")
         model = fedgin.make_model(config, 0, device)
-        clients = fedgin.make_clients(config, 0, ARMS["fl"], phantom_hospitals(config), device)
+        clients = fedgin.make_clients(config, training, phantom_hospitals(config), device)
         for name, client in clients.items():
             drawn = list(client.batches(1))
             clients[name] = client._replace(batches=lambda _, drawn=drawn: drawn)
         train = functools.partial(train_locally, autocast=mixed_precision(device))
 
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as out:
+            folder = TrainingFolder(settings(out=out), "", training)
 
             def federated(model=model, clients=clients, folder=folder, train=train):
-                for _ in federated_rounds(model, clients, 1, lambda _: 1e-3, train=train):
-                    weights = {key: w.cpu().clone() for key, w in model.state_dict().items()}
-                    state = {"weights": weights, "best": {"weights": weights}}
-                    results.save(Path(folder) / "checkpoint.pt", state)
+                for n, losses in federated_rounds(model, clients, 1, lambda _: 1e-3, train=train):
+                    done = Round(n, losses, val_dice={"mri": 0.5}, seconds=1.0)
+                    folder.keep_round(fedgin.keep_round(Checkpoint(), model, done))
 
             def bare(model=model, clients=clients, train=train):
                 for client in clients.values():

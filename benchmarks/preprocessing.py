@@ -8,8 +8,7 @@ import torch
 from scipy import ndimage
 
 from benchmarks.compare import alternate, device_argument, ellipsoid, report
-from data import normalize, to_model_grid
-from nifti import Scan, resample_labels
+from data import normalize, resample_labels, to_model_grid
 
 SHAPE, SPACING, TARGET = (512, 512, 300), (0.8, 0.8, 2.5), 2.0
 LABELS = 6
@@ -22,12 +21,10 @@ def main() -> None:
     labels = np.zeros(SHAPE, np.uint8)
     for label in range(1, LABELS):
         labels[ellipsoid(SHAPE, rng.uniform(0.3, 0.7, 3), rng.uniform(0.05, 0.2, 3))] = label
-    affine = np.diag([*SPACING, 1])
-    scan = Scan(voxels, SPACING, affine, None, affine, [])
     factors = np.divide(SPACING, TARGET)
 
     def ours():
-        return to_model_grid(scan, "ct", TARGET)
+        return to_model_grid(voxels, SPACING, "ct", TARGET)
 
     def zoom(volume):
         return ndimage.zoom(volume, factors, order=1, grid_mode=True, mode="nearest")

@@ -17,10 +17,10 @@ import nibabel
 import numpy as np
 
 from benchmarks.compare import device_argument, settings
-from datasets import ORGANS, TOTALSEGMENTATOR_MASKS
 from fedgin import make_model
-from hospitals import PHANTOM_SPLITS
-from phantom import SPACING, phantom
+from scans.organs import ORGANS
+from scans.phantom import SPACING, make_phantom
+from study.hospitals import PHANTOM_SPLITS
 
 FEW, MANY = 3, 11  # rounds; the difference leaves out the start, the test and the end
 SETTINGS = ("--patch", "32", "--width", "8", "--depth", "4", "--local-steps", "20")
@@ -30,11 +30,12 @@ def write_folder(root: Path, modality: str) -> None:
     """The phantoms of a modality as files, both kidneys in the mask of the left one."""
     affine = np.diag([SPACING, SPACING, SPACING, 1])
     for index in (i for indices in PHANTOM_SPLITS.values() for i in indices):
-        image, labels = phantom(42, modality, index)
+        image, labels = make_phantom(42, modality, index)
         masks = root / modality / f"s{index:04d}/segmentations"
         masks.mkdir(parents=True)
         nibabel.save(nibabel.Nifti1Image(image, affine), masks.parent / f"{modality}.nii.gz")
-        for organ, names in TOTALSEGMENTATOR_MASKS.items():
+        for organ in ORGANS:
+            names = ["kidney_left", "kidney_right"] if organ == "kidneys" else [organ]
             for n, name in enumerate(names):
                 mask = (labels == ORGANS.index(organ) + 1) & (n == 0)
                 nifti = nibabel.Nifti1Image(mask.astype(np.uint8), affine)
@@ -51,7 +52,7 @@ def run(ranks: int, rounds: int, folder: Path) -> tuple[float, int]:
     common += ["--cache", str(folder / "cache")]
     sides = {m: [f"--{m}", str(folder / m)] for m in ("mri", "ct")}
     if ranks == 1:
-        arm = ["--scenario", "complete", "--arms", "fedgin"]
+        arm = ["--scenario", "complete", "--arms", "fedgin", "--gin-probability", "1"]
         commands = [["fedgin.py", *arm, *sides["mri"], *sides["ct"]]]
     else:
         with socket.socket() as free:
@@ -60,7 +61,7 @@ def run(ranks: int, rounds: int, folder: Path) -> tuple[float, int]:
         torchrun = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
         torchrun += ["--master-addr", "127.0.0.1", "--master-port", port, "--node-rank"]
         commands = [
-            [*torchrun, str(rank), "multisite.py", *side]
+            [*torchrun, str(rank), "-m", "scripts.multisite", *side]
             for rank, side in enumerate(sides.values())
         ]
     threads = str(max(1, (os.cpu_count() or 1) // ranks))

@@ -7,7 +7,8 @@ import torch
 from monai.inferers import sliding_window_inference
 
 from benchmarks.compare import alternate, device_argument, report
-from evaluate import mixed_precision, sliding_window
+from evaluate import sliding_window
+from study.inference import mixed_precision
 from unet3d import UNet3D, memory_format
 
 PATCH = 64  # both put its windows at the same places in this volume

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.compare import alternate, device_argument, report
-from evaluate import mixed_precision
 from federated import train_locally
+from study.inference import mixed_precision
 from unet3d import UNet3D, memory_format
 
 CASES = ((16, 48, 8), (32, 48, 4), (16, 64, 4), (16, 96, 2), (32, 96, 2))  # width, patch, repeats

@@ -6,11 +6,10 @@ python docs/figures.py RUN_DIR …     # budget: Dice against the steps that eac
 """
 
 import argparse
-import csv
 import dataclasses
 import functools
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -23,76 +22,60 @@ import numpy as np
 import torch
 from matplotlib import pyplot as plt
 
-import data
 import method_figures
-import nifti
-import predict
-import results
-import tables
-from config import Config, run_command
-from datasets import DataError
-from hospitals import load_hospitals
-from method_figures import (
-    ARM_COLOURS,
-    ORGAN_COLOURS,
-    best_slice,
-    overlay,
-    show,
-    window,
-    window_title,
-)
-from phantom import phantom
+from fedgin import ARMS
+from method_figures import ARM_COLOURS, ORGAN_COLOURS, best_slice, overlay, show, window_title
+from scans.files import DataError, blaming, read_json
+from study import tables
+from study.config import Config, Training
+from study.console import run_command, use_any_characters
+from study.hospitals import load_hospitals
+from study.inference import load_model, segment
+from study.results import MADE_BY, RunFolder
+from study.trainings import TrainingFolder
 
 LINES = ("-", "--", ":", "-.")
 
 
 class Run(NamedTuple):
-    folder: Path
     config: Config
-    history: list[dict[str, str]]  # the lines of history.csv
-    scores: list[dict]  # the results of results.json
+    folders: Sequence[TrainingFolder]  # of the trainings that have begun, in the order of tables
+    scores: list[dict]  # of those that are finished
 
 
 def read_run(folder: Path) -> Run:
     """What a run has left so far; raises DataError where there is none."""
-    saved = results.read(folder / "config.json", missing={})
-    if not saved:
+    path = folder / "config.json"
+    if not path.exists():
         raise DataError(f"{folder}: nothing to draw, as no run is there; name the --out of one")
-    names = {field.name for field in dataclasses.fields(Config)}
-    try:
-        config = Config(**{key: value for key, value in saved.items() if key in names})
-    except ValueError as error:
-        what = f"is another version's ({error}), which must draw it"
-        raise DataError(f"{folder / 'config.json'}: {what}") from error
-    lines: list[str] = []
-    if (folder / "history.csv").exists():
-        lines = (folder / "history.csv").read_text(encoding="utf-8").splitlines()
-    scores = results.read(folder / "results.json", missing={}).get("results", [])
-    return Run(folder, config, list(csv.DictReader(lines)), scores)
+    with blaming(path, "the version that made it must draw it"):
+        shared = {key: value for key, value in read_json(path).items() if key not in MADE_BY}
+        config = Config(**shared, out=str(folder))
+    folders = RunFolder(config, order=list(ARMS)).begun()
+    finished = [each for each in folders if each.is_finished()]
+    return Run(config, folders, [score for each in finished for score in each.scores()])
 
 
-def split_label(label: str) -> tuple[str, str, str]:
-    """A label's arm, ratio and share of GIN: "fedgin 1:5 p=1" → "fedgin", "1:5", "p=1"."""
-    arm, *rest = label.split()
-    p = [word for word in rest if word.startswith("p=")]
-    return arm, " ".join(word for word in rest if word not in p), " ".join(p)
+def ratio_names(trainings: Iterable[Training]) -> list[str]:
+    return list(dict.fromkeys(training.ratio for training in trainings if training.ratio))
 
 
-def ratio_names(labels: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(ratio for label in labels if (ratio := split_label(label)[1])))
+def without_ratio(training: Training) -> str:
+    return dataclasses.replace(training, ratio="").label
 
 
-def styles(labels: Iterable[str]) -> dict[str, dict]:
-    """How each label is drawn: in the colour of its arm, with the line of its p."""
-    parts = {label: split_label(label) for label in labels}
-    lines = dict(zip(dict.fromkeys(p for *_, p in parts.values() if p), cycle(LINES)))
+def styles(trainings: Iterable[Training]) -> dict[str, dict]:
+    """How what has a label is drawn: in the colour of its arm, with the line of its p."""
+    trainings = list(trainings)
+    shares = dict.fromkeys(training.p for training in trainings if training.p is not None)
+    lines = {None: "-", **dict(zip(shares, cycle(LINES)))}
     return {
-        label: {
-            "color": ARM_COLOURS.get(arm, "0.4"),
-            "linestyle": lines.get(p, "-"),
-            "label": f"{arm} {p}".strip(),
+        training.label: {
+            "color": ARM_COLOURS[training.arm],
+            "linestyle": lines[training.p],
+            "label": without_ratio(training),
         }
-        for label, (arm, _, p) in parts.items()
+        for training in trainings
     }
 
 
@@ -111,31 +94,34 @@ def panels(rows: int, looks: dict[str, dict], y: str, x: str):
 
 def validation(run: Run):
     """Validation Dice by round, a line a label and a row of panels a ratio; the mean over seeds."""
-    dice = defaultdict(lambda: defaultdict(list))
-    for row in run.history:
-        for modality in ("mri", "ct"):
-            if (score := row[f"val_dice_{modality}"]) not in ("", "nan"):
-                dice[row["arm"], modality][int(row["round"])].append(float(score))
+    dice: dict = defaultdict(lambda: defaultdict(list))
+    for folder in run.folders:
+        training = dataclasses.replace(folder.training, seed=0)  # of all seeds
+        for row in folder.history():
+            for modality in ("mri", "ct"):
+                if score := row[f"val_dice_{modality}"]:
+                    dice[training, modality][int(row["round"])].append(float(score))
     if not dice:
         return None
-    looks = styles(label for label, _ in dice)
-    ratios = ratio_names(looks) or [""]
+    trained = [training for training, _ in dice]
+    looks, ratios = styles(trained), ratio_names(trained) or [""]
     figure, axes = panels(len(ratios), looks, "validation Dice", "round")
     for row, ratio in zip(axes, ratios, strict=True):
         for axis, modality in zip(row, ("mri", "ct"), strict=True):
             axis.set_title(f"{modality.upper()}{f', at MRI : CT {ratio}' if ratio else ''}")
-            for (label, m), rounds in dice.items():
-                if m == modality and split_label(label)[1] in ("", ratio):
+            for (training, m), rounds in dice.items():
+                if m == modality and training.ratio in ("", ratio):
                     x, y = zip(*[(r, np.mean(s)) for r, s in sorted(rounds.items())], strict=True)
-                    axis.plot(x, y, marker=".", markersize=4, **looks[label])
+                    axis.plot(x, y, marker=".", markersize=4, **looks[training.label])
     return figure
 
 
 def ratios(run: Run):
     """Test Dice by arm and ratio, mean over seeds, with bars of one standard deviation."""
     own = [score for score in run.scores if score["scanner"] == "own"] or run.scores
+    trained = {t.label: t for t in map(tables.training_of, own)}
     summary = tables.summarize(own, run.config.organs)
-    names, looks = ratio_names(summary), styles(summary)
+    names, looks = ratio_names(trained.values()), styles(trained.values())
     if len(names) < 2:
         return None
     figure, axes = panels(1, looks, "test Dice", "MRI : CT training cases")
@@ -144,10 +130,10 @@ def ratios(run: Run):
         for n, (name, look) in enumerate(lines.items()):
             shift = 0.06 * (n - (len(lines) - 1) / 2)
             points = [
-                (x + shift, *row["dice", modality])
+                (x + shift, *summary[label]["dice", modality])
                 for x, ratio in enumerate(names)
-                for label, row in summary.items()
-                if looks[label]["label"] == name and split_label(label)[1] in ("", ratio)
+                for label, training in trained.items()
+                if looks[label]["label"] == name and training.ratio in ("", ratio)
             ]
             x, mean, deviation = np.array(points).T
             axis.errorbar(x, mean, np.nan_to_num(deviation), capsize=2, marker=".", **look)
@@ -156,50 +142,41 @@ def ratios(run: Run):
     return figure
 
 
-def intensities(case: data.Volume, config: Config, seed: int) -> np.ndarray:
-    """The image of a case on the model's grid as it was before it was normalized."""
-    if case.case is None:
-        return phantom(seed, case.modality, int(case.id.removeprefix("phantom")))[0]
-    scan = nifti.read_nifti(case.case.image)
-    return nifti.resample_image(scan.voxels, scan.spacing, config.spacing)
-
-
 def predictions(run: Run):
-    """A test case of each modality: scan, target, and what each arm predicts, of the first seed."""
-    config, seed = run.config, run.config.seeds[0]
-    paths = {}
-    for label in dict.fromkeys(row["arm"] for row in (*run.history, *run.scores)):
-        path = run.folder / results.model_path(config, label, seed).name
-        paths |= {label: path} if path.exists() else {}
-    shown = ("", *ratio_names(paths)[-1:])  # the last ratio, and what has none
-    paths = {label: path for label, path in paths.items() if split_label(label)[1] in shown}
-    if not paths:
+    """A test case of each modality: scan, target, and what each arm predicts, of the first seed.
+
+    Scans are shown as the model sees them, black and white where normalization has cut values off.
+    """
+    config, trained = run.config, [folder for folder in run.folders if folder.is_trained()]
+    seed = min((folder.training.seed for folder in trained), default=0)
+    shown = ("", *ratio_names(folder.training for folder in trained)[-1:])  # the last, and without
+    trained = [f for f in trained if f.training.seed == seed and f.training.ratio in shown]
+    if not trained:
         return None
     hospitals = load_hospitals(dataclasses.replace(config, seeds=(seed,)), alone=False)[0][seed]
-    tests: dict[str, list] = {}
     tested = [hospital for hospital in hospitals if hospital.modality and hospital.test]
-    for case in (case for hospital in tested or hospitals for case in hospital.test):
-        tests.setdefault(case.modality, []).append(case)
+    tests: dict[str, list] = {}
+    for volume in (case.volume for hospital in tested or hospitals for case in hospital.test):
+        tests.setdefault(volume.modality, []).append(volume)
     if not tests:
         return None
-    size = (1.6 * (2 + len(paths)), 2.1 * len(tests) + 0.5)
-    figure, axes = plt.subplots(len(tests), 2 + len(paths), figsize=size, squeeze=False)
-    for row, (modality, cases) in zip(axes, tests.items(), strict=True):
-        case = max(cases, key=lambda case: (case.counts[1:] > 0).sum())  # with most organs
-        image, z = intensities(case, config, seed), best_slice(case.labels)
-        title = f"{modality.upper()} {case.id}\n{window_title(modality)}"
-        maps = {title: np.zeros_like(case.labels), "target": case.labels}
-        for label, path in paths.items():
-            model, about = predict.load_model(path, torch.device("cpu"))
-            maps[label.replace(" ", "\n", 1)] = predict.segment(
-                model, case.image, about["patch"], case.labels.shape
-            )
+    size = (1.6 * (2 + len(trained)), 2.1 * len(tests) + 0.5)
+    figure, axes = plt.subplots(len(tests), 2 + len(trained), figsize=size, squeeze=False)
+    for row, (modality, volumes) in zip(axes, tests.items(), strict=True):
+        volume = max(volumes, key=lambda volume: (volume.counts[1:] > 0).sum())  # with most organs
+        image, target, z = volume.image, volume.labels, best_slice(volume.labels)
+        title = f"{modality.upper()} {volume.id}\n{window_title(modality)}"
+        maps = {title: np.zeros_like(target), "target": target}
+        for folder in trained:
+            model, about = load_model(folder.path / "model.pt", torch.device("cpu"))
+            name = folder.training.label.replace(" ", "\n", 1)
+            maps[name] = segment(model, image, about["patch"], target.shape)
         for axis, (name, labels) in zip(row, maps.items(), strict=True):
-            show(axis, image[:, :, z], window(image, modality), name)
+            show(axis, image[:, :, z], (image.min(), image.max()), name)
             overlay(axis, labels[:, :, z])
     colours = ORGAN_COLOURS[1 : len(config.organs) + 1]
     boxes = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours]
-    columns = min(len(boxes), 2 + len(paths))
+    columns = min(len(boxes), 2 + len(trained))
     where = {"loc": "outside lower center", "ncol": columns, "frameon": False}
     figure.legend(boxes, config.organs, **where)
     return figure
@@ -211,31 +188,28 @@ def budget(*runs: Run):
     A row a scanner; an arm's line goes over the runs that have it, if they are several.
     """
     seeds = set.intersection(*({score["seed"] for score in run.scores} for run in runs))
-    shared = [[score for score in run.scores if score["seed"] in seeds] for run in runs]
-    had = Counter(label for scores in shared for label in dict.fromkeys(x["arm"] for x in scores))
-    labels = [label for label, n in had.items() if n > 1]
-    found = {score["scanner"] for run in runs for score in run.scores}
-    scanners = [scanner for scanner in ("own", "other") if scanner in found]
-    if not labels:
+    steps = [run.config.rounds * run.config.local_steps for run in runs]
+    trained = {t.label: t for run in runs for t in map(tables.training_of, run.scores)}
+    points: dict = defaultdict(list)
+    for run, x in zip(runs, steps, strict=True):
+        for scanner in tables.SCANNERS:
+            found = [s for s in run.scores if s["scanner"] == scanner and s["seed"] in seeds]
+            for label, columns in tables.summarize(found, run.config.organs).items():
+                for m in ("mri", "ct"):
+                    points[scanner, m, label].append((x, columns["dice", m][0]))
+    points = {key: found for key, found in points.items() if len(found) > 1}
+    if not points:
         return None
-    looks = styles(labels)
+    looks = styles(trained[label] for label in dict.fromkeys(label for *_, label in points))
+    scanners = list(dict.fromkeys(scanner for scanner, *_ in points))
     figure, axes = panels(len(scanners), looks, "test Dice", "steps a hospital")
     for row, scanner in zip(axes, scanners, strict=True):
         for axis, modality in zip(row, ("mri", "ct"), strict=True):
             axis.set_title(f"{modality.upper()}, {scanner} scanner")
-            points = defaultdict(list)
-            for run, scores in zip(runs, shared, strict=True):
-                chosen = [
-                    score
-                    for score in scores
-                    if score["scanner"] == scanner and score["arm"] in labels
-                ]
-                for label, columns in tables.summarize(chosen, run.config.organs).items():
-                    steps = run.config.rounds * run.config.local_steps
-                    points[label].append((steps, columns["dice", modality][0]))
-            for label, found in points.items():
-                axis.plot(*zip(*sorted(found), strict=True), marker=".", **looks[label])
-    ticks = sorted({run.config.rounds * run.config.local_steps for run in runs})
+            for label, look in looks.items():
+                if found := sorted(points.get((scanner, modality, label), ())):
+                    axis.plot(*zip(*found, strict=True), marker=".", **look)
+    ticks = sorted(set(steps))
     axes[0, 0].set_xscale("log")
     axes[0, 0].set_xticks(ticks, map(str, ticks), minor=False)
     axes[0, 0].xaxis.set_minor_locator(plt.NullLocator())
@@ -271,6 +245,7 @@ def draw(folders: Sequence[Path], out: Path | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    use_any_characters()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -12,8 +12,8 @@ from matplotlib.patheffects import withStroke
 
 import data
 import gin
-from arms import ARMS
-from phantom import phantom
+from fedgin import ARMS
+from scans.phantom import make_phantom
 
 plt.switch_backend("Agg")  # files, no windows
 # Okabe and Ito's colours, which colour-blind readers can tell apart; black is left to text.
@@ -105,7 +105,7 @@ def gallery():
 
 def liver_slice(modality: str) -> tuple[np.ndarray, int, torch.Tensor]:
     """A phantom, the slice that has most of its organs, and the phantom as a batch of one."""
-    image, labels = phantom(42, modality, 1)
+    image, labels = make_phantom(42, modality, 1)
     batch = torch.from_numpy(data.normalize(image, modality))[None, None]
     return image, int((labels > 0).sum((0, 1)).argmax()), batch
 

@@ -14,14 +14,14 @@ from torch import nn
 from torch.nn import functional as F
 
 import data
-import fedgin
-import predict
-import results
 import unet3d
-from evaluate import choose_device, mixed_precision, sliding_window
-from federated import Client, federated_rounds, train_locally, weighted_average
+from evaluate import sliding_window
+from federated import Client, RunningAverage, federated_rounds, train_locally
 from gin import GIN, gin
-from unet3d import InstanceNorm, UNet3D, memory_format
+from scans import files
+from study import inference
+from study.inference import choose_device, load_model, mixed_precision, segment
+from unet3d import InstanceNorm, UNet3D, memory_format, segmentation_loss
 
 AVAILABLE = torch.cuda.is_available()
 pytestmark = [
@@ -46,24 +46,24 @@ def bfloat16(device):
     return functools.partial(torch.autocast, "cuda", dtype=torch.bfloat16)
 
 
-def network(device, width=8, depth=3):
+def network(device, width=8, depth=3, dtype=torch.float32):
     torch.manual_seed(0)
     model = UNet3D(1, CLASSES, width, depth)
-    return model.to(device, memory_format=memory_format(device))
+    return model.to(device, dtype, memory_format=memory_format(device))
 
 
-def batches(n, patch, device):
+def batches(n, patch, device, dtype=torch.float32):
     """n pairs of images and (labels, None), the same on every device."""
     generator = torch.Generator().manual_seed(1)
     for _ in range(n):
         images = torch.randn(2, 1, patch, patch, patch, generator=generator)
         labels = torch.randint(CLASSES, (2, patch, patch, patch), generator=generator)
-        yield images.to(device), (labels.to(device), None)
+        yield images.to(device, dtype), (labels.to(device, torch.uint8), None)
 
 
-def loss_function(device):
-    weight = torch.arange(1.0, CLASSES + 1, device=device)
-    return functools.partial(fedgin.segmentation_loss, weight=weight)
+def loss_function(device, dtype=torch.float32):
+    weight = torch.arange(1.0, CLASSES + 1, device=device, dtype=dtype)
+    return functools.partial(segmentation_loss, weight=weight)
 
 
 def distance(found, expected):
@@ -101,13 +101,14 @@ def test_the_loss_is_the_same(partial, device):
 
 
 def test_the_gradients_of_a_training_step_are_the_same(device):
-    gradients = []
+    """In float64, where channels-last and contiguous, group and instance norm agree to 1e-13."""
+    gradients, dtype = [], torch.float64
     for d in (CPU, device):
-        model, [(images, targets)] = network(d), batches(1, 32, d)
-        loss_function(d)(model(images), targets).backward()
+        model, [(images, targets)] = network(d, dtype=dtype), batches(1, 32, d, dtype)
+        loss_function(d, dtype)(model(images), targets).backward()
         gradients.append({key: p.grad for key, p in model.named_parameters()})
     for key, expected in gradients[0].items():
-        assert distance(gradients[1][key], expected) < 1e-3, key
+        assert distance(gradients[1][key], expected) < 1e-9, key
 
 
 def test_training_goes_the_same_way(device):
@@ -136,9 +137,13 @@ def test_the_average_is_the_same_and_stays_there(device):
         for _ in range(3)
     ]
     sizes = (1, 5, 40)
-    expected = weighted_average(zip(states, sizes, strict=True))
-    there = [{key: w.to(device) for key, w in state.items()} for state in states]
-    found = weighted_average(zip(there, sizes, strict=True))
+    averages = []
+    for d in (CPU, device):
+        average = RunningAverage()
+        for state, n_k in zip(states, sizes, strict=True):
+            average.add({key: w.to(d) for key, w in state.items()}, n_k)
+        averages.append(average.result())
+    expected, found = averages
     for key, w in expected.items():
         assert found[key].device == device
         torch.testing.assert_close(found[key].cpu(), w, rtol=1e-6, atol=1e-7)
@@ -190,8 +195,9 @@ def test_activations_are_kept_in_bfloat16(bfloat16, device, monkeypatch):
                     logits = model(images)
                 loss_function(device)(logits.float(), targets).backward()
 
+        step()  # the workspaces in which cuDNN tries its algorithms
         peaks.append(peak_memory(step))
-    assert dtypes == [torch.bfloat16, torch.float32]
+    assert dtypes == [torch.bfloat16] * 2 + [torch.float32] * 2
     assert peaks[0] < 0.85 * peaks[1]
 
 
@@ -218,29 +224,29 @@ def history(out):
         return list(csv.DictReader(file))
 
 
-def test_a_run_that_was_stopped_resumes(tmp_path, monkeypatch):
+def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
     args = ["--scenario", "limited", "--seeds", 1]
     assert tiny.command(*args, "--out", tmp_path / "calm") == 0
-    save, calls = results.save, []
+    write, calls = files.write_pt, []
 
     def stops(path, content):
-        save(path, content)
+        write(path, content)
         calls.append(path)
         if len(calls) == 3:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(results, "save", stops)
+        patch.setattr(files, "write_pt", stops)
         assert tiny.command(*args, "--out", tmp_path / "out") == 130
-    assert tiny.command(*args, "--out", tmp_path / "out", "--resume") == 0
+    assert calls == [tmp_path / "out/fl-1-5-seed1/checkpoint.pt"] * 3
+    assert tiny.command(*args, "--out", tmp_path / "out") == 0
     calm, resumed = history(tmp_path / "calm"), history(tmp_path / "out")
     names = ("seed", "arm", "round")
     assert [[row[n] for n in names] for row in resumed] == [[r[n] for n in names] for r in calm]
     for a, b in zip(calm, resumed, strict=True):  # cuDNN may add up in another order
         assert float(b["loss"]) == pytest.approx(float(a["loss"]), rel=0.02)
-    model, _ = predict.load_model(
-        tmp_path / "out/fedgin-1-5-p1-seed42.pt", CPU
-    )  # what a GPU wrote, a CPU reads
+    written = tmp_path / "out/fedgin-1-5-p1-seed1/model.pt"  # by a GPU, and read by a CPU
+    model, _ = load_model(written, CPU)
     assert next(model.parameters()).device == CPU
 
 
@@ -264,33 +270,17 @@ class OutOfMemory(nn.Module):
         return self.model(x)
 
 
-def test_a_volume_that_does_not_fit_is_put_together_on_the_cpu(device, monkeypatch):
+def test_a_volume_that_does_not_fit_is_put_together_on_the_cpu(device):
     image = np.random.default_rng(0).normal(size=(40, 33, 50)).astype(np.float32)
     size, model = (80, 66, 61), network(device).eval()
-    assert predict.has_room(device, image, size)
-    on_gpu = predict.segment(model, image, 16, size)
+    on_gpu = segment(model, image, 16, size)
     failing = OutOfMemory(model)
-    recovered = predict.segment(failing, image, 16, size)
-    monkeypatch.setattr(predict, "has_room", lambda *_: False)
+    recovered = segment(failing, image, 16, size)
     calls = failing.calls
-    on_cpu = predict.segment(failing, image, 16, size)
+    on_cpu = inference._segment(failing, image, 16, size, CPU)
     assert calls == failing.calls - calls + 4  # the whole volume once more
-    np.testing.assert_array_equal(recovered, on_cpu)
+    assert (recovered == on_cpu).mean() > 0.9999  # cuDNN may add up in another order
     assert (on_gpu == on_cpu).mean() > 0.999  # but for ties
-
-
-def test_the_estimate_is_no_less_than_what_a_segmentation_takes(device):
-    image, size = np.zeros((120, 110, 100), np.float32), (240, 220, 300)
-
-    def copies(x):
-        return x.expand(-1, 16, -1, -1, -1)
-
-    model = nn.Identity()
-    model.weight = nn.Parameter(torch.zeros(1, device=device))
-    model.forward = copies
-    wanted = 20 * image.nbytes + 14 * np.prod(size)
-    taken = peak_memory(lambda: predict._segment(model, image, 32, size, device))
-    assert taken < 1.1 * wanted
 
 
 def test_the_current_device_is_the_chosen_one():
