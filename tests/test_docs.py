@@ -4,30 +4,37 @@ import ast
 import contextlib
 import dataclasses
 import io
-import json
 import re
+import subprocess
+import sys
 import textwrap
 from collections import Counter
 from pathlib import Path
 
+import monai.transforms
 import numpy as np
 import pytest
 import torch
 from conftest import awkward_affine, save
 from matplotlib import pyplot as plt
+from torch.utils.data import DataLoader, TensorDataset
 
 import figures
 import gin
 import method_figures
-import nifti
-import results
-from config import Config
-from data import NORMALIZATION, normalize
-from phantom import ORGANS, phantom
+from data import Volume, normalize
+from fedgin import ARMS
+from scans import nifti
+from scans.cases import PreparedCase
+from scans.phantom import ORGANS, make_phantom
+from study.config import VERSION, Best, Checkpoint, Config, Round, Training
+from study.hospitals import Hospital
+from study.results import RunFolder
 from unet3d import UNet3D
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 METHOD = (ROOT / "docs/method.md").read_text(encoding="utf-8")
 QUOTE = re.compile(
     r"From\s`([\w.]+)`\sin\s\[(\w+\.py)\]\(\.\./\2\):\n\n```python\n(.*?)```", re.DOTALL
@@ -91,6 +98,64 @@ def test_relative_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(file), target
 
 
+def test_one_version_is_named_everywhere():
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    [version], [date] = (
+        re.findall(r"^version: (.+)$", citation, re.M),
+        re.findall(r"^date-released: (.+)$", citation, re.M),
+    )
+    latest, *_ = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.M)
+    assert version == VERSION
+    assert latest == f"{version} ({date})"
+
+
+def test_readme_has_the_two_commands_that_are_run_before_a_merge():
+    experiment, tests = re.findall(r"^python3 -m venv.*$", README, re.MULTILINE)
+    assert experiment.endswith("python fedgin.py --scenario limited")
+    assert tests.endswith("pytest")
+
+
+# ------------------------------------------------------------------------------- README's snippets
+
+
+def test_readmes_snippet_trains_an_arm_and_writes_nothing(tmp_path):
+    snippet, *_ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code = [line for line in snippet.splitlines() if line and not line.startswith("from ")]
+    assert len(code) <= 8
+    quick = snippet.replace("local_steps=2", "local_steps=1, width=2, depth=2")
+    assert quick != snippet
+    check = "print(len(checkpoint.history), checkpoint.best.weights is None, sorted(clients))"
+    environment = {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "PATH": ""}
+    args = [sys.executable, "-c", f"{quick}\n{check}"]
+    done = subprocess.run(args, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    *shown, last = done.stdout.splitlines()
+    rounds = [re.fullmatch(r"(\d) {'mri': [\d.e-]+, 'ct': ([\d.e-]+)}", line) for line in shown]
+    assert [found[1] for found in rounds] == ["1", "2"]
+    assert all(float(found[2]) > 0 for found in rounds)
+    assert last == "2 False ['ct', 'mri']"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_readmes_snippets_for_monai_and_a_data_loader():
+    _, for_monai, for_loader = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    for snippet in (for_monai, for_loader):
+        assert len([line for line in snippet.splitlines() if line]) <= 3
+    names: dict = {"load": monai.transforms.Identityd("image")}
+    exec(for_monai, names)
+    image = torch.randn(1, 8, 8, 8)
+    redrawn = names["transform"]({"image": image, "label": image > 0})
+    assert redrawn["image"].shape == image.shape
+    assert not torch.allclose(redrawn["image"], image)
+    assert torch.equal(redrawn["label"], image > 0)
+    torch.testing.assert_close(redrawn["image"].norm(), image.norm(), rtol=1e-3, atol=0)
+    seen = []
+    loader = DataLoader(TensorDataset(torch.randn(4, 1, 8, 8, 8), torch.zeros(4)), batch_size=2)
+    exec(for_loader, {"loader": loader, "step": lambda images, labels: seen.append(images)})
+    assert [tuple(images.shape) for images in seen] == [(2, 1, 8, 8, 8)] * 2
+    assert not any(torch.allclose(a, b[0]) for a, b in zip(seen, loader, strict=True))
+
+
 # ------------------------------------------------------------------------------------------ slices
 
 
@@ -114,7 +179,7 @@ def place(mask):
 @pytest.mark.parametrize("modality", ["ct", "mri"])
 def test_a_phantoms_liver_is_on_the_pictures_left(modality):
     for index in range(3):
-        _, labels = phantom(42, modality, index)
+        _, labels = make_phantom(42, modality, index)
         at = {}
         for n, organ in enumerate(ORGANS, start=1):
             at[organ] = place(labels[:, :, (labels == n).sum((0, 1)).argmax()] == n)
@@ -139,7 +204,7 @@ def test_a_scans_right_is_on_the_pictures_left_however_it_is_stored(flips, order
 
 
 def test_blend_is_gin_for_the_alpha_that_gin_draws():
-    x = torch.from_numpy(normalize(phantom(1, "ct", 0)[0], "ct"))[None, None]
+    x = torch.from_numpy(normalize(make_phantom(1, "ct", 0)[0], "ct"))[None, None]
     draws = torch.Generator().manual_seed(5)
     alpha = float(gin._draw_all(x, [1, 2, 2, 2, 1], (1, 3), draws)[-1])
     expected = gin.gin(x, generator=torch.Generator().manual_seed(5))
@@ -158,46 +223,56 @@ def test_pictures_of_the_method(tmp_path):
 
 # ------------------------------------------------------------------------------- pictures of a run
 
-LABELS = ("mri-only 1:1", "fl 1:1", "fedgin 1:1 p=1", "fedgin 1:1 p=0.5")
-LABELS += ("fl 1:5", "fedgin 1:5 p=1", "fedgin 1:5 p=0.5")
+CONFIG = Config(width=2, depth=2, rounds=2, mri_cases=2)
+TRAININGS = [
+    Training(seed, *about)
+    for seed in (1, 3)
+    for about in (
+        ("mri-only",), ("fl", "1:1"), ("fl", "1:5"), ("fedgin", "1:1", 1.0),
+        ("fedgin", "1:1", 0.5), ("fedgin", "1:5", 1.0), ("fedgin", "1:5", 0.5), ("ct-only", "1:1"),
+    )
+]  # fmt: skip
+LABELS = [training.label for training in TRAININGS[:8]]
 
 
-def dice_of(label, seed, modality):
-    """Some number between 0 and 1 that no two labels share."""
-    return (LABELS.index(label) + 1) / 10 + seed / 100 + (0.005 if modality == "ct" else 0)
+def dice_of(training, modality):
+    """Some number between 0 and 1 that no two trainings share."""
+    of_label = (LABELS.index(training.label) + 1) / 10 if training.label in LABELS else 0.9
+    return of_label + training.seed / 100 + (0.005 if modality == "ct" else 0)
+
+
+def leave(config, training, more=0.0):
+    """Write what a training leaves that ends with these Dices, and `more`."""
+    folder = RunFolder(config, list(ARMS)).folder(training)
+    modalities = ARMS[training.arm].modalities
+    folder.begin(dict.fromkeys(modalities, 2), torch.device("cpu"))
+    rounds = [
+        Round(n, {"mri": 2.5}, {m: dice_of(training, m) / n for m in modalities}, seconds=1.5)
+        for n in (1, 2)
+    ]
+    weights = UNet3D(1, 6, config.width, config.depth).state_dict()
+    checkpoint = Checkpoint(2, weights, Best(0.5, 1, weights), tuple(rounds))
+    folder.keep_round(checkpoint)
+    folder.keep_model(checkpoint)
+    for scanner, factor in (("own", 1.0), ("other", 0.5)):
+        for modality in ("mri", "ct"):
+            dice = (dice_of(training, modality) + more) * factor
+            score = {"outcome": "scored", "dice": dice, "hd95": 1.0, "nsd": 1.0}
+            hospital = Hospital(scanner, modality if scanner == "own" else "", (), (), ())
+            volume = Volume("phantom16", modality, *[np.zeros(0)] * 4)
+            case = PreparedCase(volume, None, [])
+            folder.keep_scores(hospital, case, dict.fromkeys(config.organs, score))
+    folder.finish(checkpoint)
 
 
 @pytest.fixture
 def run(tmp_path):
     """What a run with two seeds, two ratios and two shares of GIN leaves."""
-    config = Config(
-        arms=("mri-only", "fl", "fedgin"), ratios=("1:1", "1:5"), seeds=(1, 3), width=2, depth=2,
-        out=str(tmp_path / "run"),
-    )  # fmt: skip
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
-    history, scores = ["seconds,arm,seed,round,loss,loss_ct,val_dice_ct,val_dice_mri"], []
-    model_config = {f: getattr(config, f) for f in ("organs", "spacing", "patch", "width", "depth")}
-    model = {"normalization": NORMALIZATION, **model_config}
-    network = UNet3D(1, 6, 2, 2).state_dict()
-    for seed in config.seeds:
-        for label in LABELS:
-            for n in (1, 2):
-                ct, mri = (dice_of(label, seed, m) / n for m in ("ct", "mri"))
-                ct = "" if label.startswith("mri-only") else ct
-                history.append(f"1.5,{label},{seed},{n},2.5,2.5,{ct},{mri}")
-            for modality in ("mri", "ct"):
-                score = {"outcome": "scored", "dice": dice_of(label, seed, modality)}
-                organs = {organ: {**score, "hd95": 1.0, "nsd": 1.0} for organ in config.organs}
-                about = {"seed": seed, "arm": label, "hospital": modality, "scanner": "own"}
-                about["modality"] = modality
-                scores.append({**about, "case": "phantom16", "scores": organs})
-            checkpoint = folder / results.model_path(config, label, seed).name
-            torch.save({"model": model, "weights": network}, checkpoint)
-    (folder / "history.csv").write_text("\n".join(history))
-    (folder / "results.json").write_text(json.dumps({"results": scores}))
-    return folder
+    config = dataclasses.replace(CONFIG, out=str(tmp_path / "run"))
+    RunFolder(config, list(ARMS)).open([])
+    for training in TRAININGS:
+        leave(config, training)
+    return tmp_path / "run"
 
 
 def test_validation_shows_means_over_seeds_by_ratio(run):
@@ -205,10 +280,12 @@ def test_validation_shows_means_over_seeds_by_ratio(run):
     panels = {axis.get_title(): axis for axis in figure.axes}
     shown = {title: {line.get_label(): line for line in a.lines} for title, a in panels.items()}
     assert list(shown) == [f"{m}, at MRI : CT {r}" for r in ("1:1", "1:5") for m in ("MRI", "CT")]
-    assert list(shown["CT, at MRI : CT 1:1"]) == ["fl", "fedgin p=1", "fedgin p=0.5"]
+    assert list(shown["CT, at MRI : CT 1:1"]) == ["ct-only", "fl", "fedgin p=1", "fedgin p=0.5"]
+    assert list(shown["CT, at MRI : CT 1:5"]) == ["fl", "fedgin p=1", "fedgin p=0.5"]
+    assert list(shown["MRI, at MRI : CT 1:5"]) == ["mri-only", "fl", "fedgin p=1", "fedgin p=0.5"]
     lines = shown["MRI, at MRI : CT 1:5"]
     assert list(lines["fl"].get_xdata()) == [1, 2]
-    assert list(lines["fl"].get_ydata()) == pytest.approx([0.52, 0.26])  # 0.51 and 0.53; halves
+    assert list(lines["fl"].get_ydata()) == pytest.approx([0.32, 0.16])  # 0.31 and 0.33; halves
     a, b = lines["fedgin p=1"], lines["fedgin p=0.5"]
     assert a.get_color() == b.get_color() != lines["fl"].get_color()
     assert a.get_linestyle() != b.get_linestyle()
@@ -218,29 +295,32 @@ def test_validation_shows_means_over_seeds_by_ratio(run):
 def test_ratios_shows_means_and_deviations(run):
     figure = figures.ratios(figures.read_run(run))
     bars = {c.get_label(): c for c in figure.axes[0].containers}
-    assert list(bars) == ["mri-only", "fl", "fedgin p=1", "fedgin p=0.5"]
+    assert list(bars) == ["mri-only", "ct-only", "fl", "fedgin p=1", "fedgin p=0.5"]
     line, _, [spread] = bars["fl"]
-    assert list(line.get_ydata()) == pytest.approx([0.22, 0.52])
+    assert list(line.get_ydata()) == pytest.approx([0.22, 0.32])
     assert np.allclose(line.get_xdata(), [0, 1], atol=0.1)
     [low, high] = spread.get_segments()[0][:, 1]
     assert high - low == pytest.approx(2 * 0.02 / 2**0.5)  # 0.21 and 0.23
-    assert len(bars["mri-only"][0].get_xdata()) == 1
+    assert np.allclose(bars["ct-only"][0].get_xdata(), [0], atol=0.1)
+    assert list(bars["mri-only"][0].get_ydata()) == pytest.approx([0.12, 0.12])  # has no ratio
     plt.close(figure)
 
 
 def test_predictions_shows_a_case_in_its_window_and_each_model_of_the_last_ratio(run):
     figure = figures.predictions(figures.read_run(run))
     titles = [axis.get_title() for axis in figure.axes]
-    columns = ["target", "fl\n1:5", "fedgin\n1:5 p=1", "fedgin\n1:5 p=0.5"]
+    columns = ["target", "mri-only", "fl\n1:5", "fedgin\n1:5 p=1", "fedgin\n1:5 p=0.5"]
     mri, ct = "MRI phantom16\npercentiles 0.5…99.5", "CT phantom16\n−160…240 HU"
     assert titles == [mri, *columns, ct, *columns]
     for row, modality in enumerate(("mri", "ct")):
-        image, labels = phantom(1, modality, 16)
+        image, labels = make_phantom(1, modality, 16)
         low, high = (-160, 240) if modality == "ct" else np.percentile(image, (0.5, 99.5))
-        scan, target = figure.axes[5 * row : 5 * row + 2]
-        assert scan.images[0].get_clim() == pytest.approx((low, high))
-        shown = np.asarray(scan.images[0].get_array())
-        [z] = [z for z in range(32) if np.array_equal(shown, np.rot90(image[:, :, z].T, 2))]
+        expected = (image.clip(low, high) - low) / (high - low)  # black is 0 and white is 1
+        scan, target = figure.axes[6 * row : 6 * row + 2]
+        black, white = scan.images[0].get_clim()
+        shown = (np.asarray(scan.images[0].get_array()) - black) / (white - black)
+        slices = [np.rot90(expected[:, :, z].T, 2) for z in range(32)]
+        [z] = [z for z in range(32) if np.allclose(shown, slices[z], atol=1e-5)]
         assert np.array_equal(target.images[1].get_array(), np.rot90(labels[:, :, z].T, 2))
     plt.close(figure)
 
@@ -250,49 +330,52 @@ def test_draws_what_a_run_has_so_far_and_says_when_there_is_nothing(run, capsys)
         code = figures.main(list(map(str, args)))
         return code, {path.stem for path in run.rglob("*.png")}
 
-    for path in run.glob("*seed3.pt"):
-        path.unlink()
-    (run / "results.json").unlink()
+    for training in TRAININGS:  # as if none were finished, and those of seed 3 in their training
+        folder = run / training.folder
+        (folder / "scores.csv").rename(folder / "testing.csv")
+        if training.seed == 3:
+            (folder / "model.pt").unlink()
     assert drawn(run, "--out", run / "new") == (0, {"validation", "predictions"})
-    for path in (*run.rglob("*.png"), *run.glob("*.pt")):
+    for path in (*run.rglob("*.png"), *run.glob("*/model.pt")):
         path.unlink()
     assert drawn(run) == (0, {"validation"})
     (run / "validation.png").unlink()
-    (run / "history.csv").unlink()
+    for path in run.glob("*/history.csv"):
+        path.unlink()
     capsys.readouterr()
     assert drawn(run) == (2, set())
     message = f"{run}: nothing to draw yet, as no round of the run is finished"
     assert capsys.readouterr().err == f"figures.py: {message}\n"
     assert drawn(run / "new") == (2, set())
     assert "no run is there" in capsys.readouterr().err
+    (run / "config.json").write_text('{"seeds": [42], "python": "3.11.7"}')  # by version 1
+    assert drawn(run) == (2, set())
+    assert "the version that made it must draw it" in capsys.readouterr().err
 
 
 def test_budget_shows_dice_against_steps_on_each_scanner(run, tmp_path):
     """Two runs, of which the longer one has Dice 0.1 higher; elsewhere both have half of it."""
-    runs = []
-    for rounds, more in ((20, 0.0), (60, 0.1)):
-        first = figures.read_run(run)
-        scores = []
-        for score in first.scores:
-            for scanner, factor in (("own", 1.0), ("other", 0.5)):
-                dice = (next(iter(score["scores"].values()))["dice"] + more) * factor
-                organs = {o: {**s, "dice": dice} for o, s in score["scores"].items()}
-                scores.append({**score, "scanner": scanner, "scores": organs})
-        config = dataclasses.replace(first.config, rounds=rounds, local_steps=5)
-        runs.append(first._replace(config=config, scores=scores))
-    for one, seed in zip(runs, (8, 9), strict=True):  # seeds that the other run has not
-        one.scores.append({**one.scores[0], "arm": "ct-only", "seed": seed})
-    figure = figures.budget(*runs[::-1])
+    folders = []
+    for rounds, more, seed in ((20, 0.0, 8), (60, 0.1, 9)):
+        out = tmp_path / str(rounds)
+        config = dataclasses.replace(CONFIG, out=str(out), rounds=rounds, local_steps=5)
+        RunFolder(config, list(ARMS)).open([])
+        for training in TRAININGS:
+            leave(config, training, more)
+        # What the other run has not: a seed, and in one of them an arm.
+        leave(config, dataclasses.replace(TRAININGS[0], seed=seed), more)
+        folders.append(out)
+    leave(config, Training(1, "centralized", "1:1"))
+    figure = figures.budget(*map(figures.read_run, folders[::-1]))
     titles = [axis.get_title() for axis in figure.axes]
     assert titles == [f"{m}, {s} scanner" for s in ("own", "other") for m in ("MRI", "CT")]
     own, other = ({x.get_label(): x for x in figure.axes[i].lines} for i in (0, 2))
-    assert "ct-only" not in own
-    assert "ct-only" not in [text.get_text() for text in figure.legends[0].get_texts()]
-    line = own["mri-only 1:1"] if "mri-only 1:1" in own else own["mri-only"]
+    assert "centralized" not in own
+    assert "centralized" not in [text.get_text() for text in figure.legends[0].get_texts()]
+    line = own["mri-only"]
     assert list(line.get_xdata()) == [100, 300]
-    low, high = line.get_ydata()
-    assert high - low == pytest.approx(0.1)
-    assert list(other["mri-only"].get_ydata()) == pytest.approx([low / 2, high / 2])
+    assert list(line.get_ydata()) == pytest.approx([0.12, 0.22])  # seeds 1 and 3
+    assert list(other["mri-only"].get_ydata()) == pytest.approx([0.06, 0.11])
     plt.close(figure)
-    code = figures.main([str(run), str(run), "--out", str(tmp_path / "out")])
+    code = figures.main([*map(str, folders), "--out", str(tmp_path / "out")])
     assert (code, [path.name for path in (tmp_path / "out").iterdir()]) == (0, ["budget.png"])
