@@ -438,7 +438,7 @@ def test_a_run_of_version_1_is_refused_with_a_sentence(tmp_path, monkeypatch, ca
 @pytest.mark.slow
 def test_two_processes_share_the_trainings_of_a_run(tmp_path):
     """Each round of each training and each of its test cases is one process's."""
-    args = [*TINY, "--arms", "mri-only", "fl", "fedgin", "--seeds", 1, 2, "--out"]
+    args = [*TINY, "--patch", 16, "--arms", "mri-only", "fl", "fedgin", "--seeds", 1, 2, "--out"]
     with Forks(tmp_path) as forks:
         assert forks.start(*args, tmp_path / "calm").end()[0] == 0
         alone = sorted(forks.notes.read_text().splitlines())

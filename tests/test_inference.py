@@ -259,7 +259,7 @@ def test_a_model_with_a_bit_turned_is_refused(saved, tmp_path):
         ({"spacing": float("nan")}, "spacing nan"),
         (
             {"normalization": {**NORMALIZATION, "mri": (1.0, 99.0)}},
-            "it was trained with another normalization: {'ct': (-160.0, 240.0), 'mri': (1.0",
+            "it was trained with another normalization: {'ct': (-160.0, 240.0), 'mri': (1.0, 99.0)",
         ),
         ({"normalization": None}, "AttributeError"),
     ],
@@ -271,6 +271,14 @@ def test_a_model_of_another_form_is_refused_at_once(change, reason, saved, tmp_p
     assert ": is not as this program left it (" in message
     assert reason in message
     assert message.endswith("; give a model.pt of fedgin.py")
+
+
+def test_a_model_may_have_a_ct_window_of_its_own_and_says_so(saved, tmp_path):
+    content = torch.load(saved, weights_only=True)
+    window = {**NORMALIZATION, "ct": (-100.0, 300.0)}
+    torch.save({**content, "model": content["model"] | {"normalization": window}}, tmp_path / "w")
+    _, about = load_model(tmp_path / "w", CPU)
+    assert about["normalization"] == window
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from tiny import Forks, assert_same, outcome
 from scans.files import TEMPORARY
 
 pytestmark = pytest.mark.slow
-SMALL = ["--rounds", "3", "--local-steps", "1", "--batch-size", "1", "--patch", "32"]
+SMALL = ["--rounds", "3", "--local-steps", "1", "--batch-size", "1", "--patch", "16"]
 SMALL += ["--width", "2", "--depth", "2", "--organs", "liver", "spleen"]
 ALL = {
     "--arms": ("mri-only", "fl", "fedgin"),
