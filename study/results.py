@@ -69,7 +69,7 @@ class RunFolder:
             )
             raise DataError(f"{path}: {what}; {ELSEWHERE}")
         if kept != self.settings and self._any_begun():
-            raise DataError(f"{self.out}: {_differences(kept, self.settings)}; {ELSEWHERE}")
+            raise DataError(f"{self.out}: {_differences(kept, self.settings)}, or {ELSEWHERE}")
 
     def _any_begun(self) -> bool:
         return any(True for _ in self.out.glob("*/training.json"))

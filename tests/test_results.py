@@ -336,7 +336,7 @@ def test_other_settings_and_other_data_are_refused_by_name(config, tmp_path):
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.json")}
     other = dataclasses.replace(config, lr=1e-3, width=4, cache="elsewhere")
     start = "holds a run with other settings: "
-    end = ". Give its own settings; choose another --out"
+    end = ". Give its own settings, or choose another --out"
     assert refused(other) == f"{start}lr 0.004, now 0.001; width 8, now 4{end}"
     longer = dataclasses.replace(config, rounds=30)
     why = "rounds cannot be added, as the learning rate falls to 0 over those planned"
@@ -379,7 +379,7 @@ def test_a_run_of_another_format_is_refused(key, value, config):
     path.write_text(json.dumps({**saved, key: value}))
     now = {"format": 3, "lr": 0.004}[key]
     start = "holds a run with other settings: "
-    end = ". Give its own settings; choose another --out"
+    end = ". Give its own settings, or choose another --out"
     assert refused(config) == f"{start}{key} {value}, now {now}{end}"
     del saved[key]
     path.write_text(json.dumps(saved))
