@@ -1,7 +1,7 @@
 """Preprocessed cases on disk: a folder each, which is whole or absent, and mapped when it is used.
 
 An entry is found by what the case's files hold and by the settings, not by paths or times, so that
-a data set which was moved, copied or touched keeps its cache. cases.py writes and opens entries:
+a data set which was moved, copied or touched keeps its cache. cases.py writes and opens entries.
 """
 
 import contextlib

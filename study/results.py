@@ -130,7 +130,7 @@ class RunFolder:
         for training, names in chosen.items():
             hospitals, folder = by_seed[training.seed], self.folder(training)
             rounds = range(folder.checkpoint().round + 1, config.rounds + 1)
-            n_validations = sum(r % config.val_every == 0 or r == config.rounds for r in rounds)
+            n_validations = sum(config.is_validated(round_) for round_ in rounds)
             modalities = [hospital.modality for hospital in hospitals if hospital.name in names]
             n_val = len(validation_cases(training.seed, hospitals, modalities))
             total += len(rounds) * config.local_steps * len(names) + n_validations * n_val
