@@ -31,7 +31,7 @@ def write_cases(folder: Path) -> None:
         image, labels = make_phantom(0, "ct", index)
         image = data.normalize(image, "ct")
         volume = data.make_volume(str(index), "ct", image, labels, np.ones(6, bool))
-        write_entry(folder / str(index), volume, pack_target(labels, (SPACING,) * 3))
+        write_entry(folder / str(index), volume, pack_target(labels, (SPACING,) * 3), [])
 
 
 def train(folder: Path, hospitals: int, rounds: int, device: torch.device) -> dict:
