@@ -124,8 +124,8 @@ def warn_of_few(hospitals: Sequence[Hospital], modalities: Iterable[str]) -> lis
             few = f"fewer than three validation cases of {modality.upper()}"
             notes.append(f"WARNING: {few}: the choice of a round by them is chance")
     if not any(hospital.test for hospital in hospitals):
-        more = "give a folder with --test, or three cases or more"
-        notes.append(f"WARNING: no hospital has a test case, so the report will be empty; {more}")
+        none = "no hospital here has a test case, so the report has none of theirs"
+        notes.append(f"WARNING: {none}; give a folder with --test, or three cases or more")
     return notes
 
 

@@ -630,8 +630,8 @@ def test_too_few_cases_to_choose_a_round_or_to_report_are_told_once(seeds, tmp_p
     one = write_totalsegmentator(tmp_path / "one", "ct", 1)
     assert notes(Config(ct=(str(one),), **settings), ["ct"]) == [
         few.replace("MRI", "CT"),
-        "WARNING: no hospital has a test case, so the report will be empty; give a folder with "
-        "--test, or three cases or more",
+        "WARNING: no hospital here has a test case, so the report has none of theirs; give a "
+        "folder with --test, or three cases or more",
     ]
 
 
