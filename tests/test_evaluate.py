@@ -10,6 +10,7 @@ from monai.metrics import compute_dice, compute_hausdorff_distance, compute_surf
 from scipy import ndimage
 from torch import nn
 
+import evaluate
 from evaluate import dice, dice_by_label, hd95, hd95_and_nsd, nsd, score_case, sliding_window
 
 
@@ -316,3 +317,19 @@ def test_masks_may_be_parts_of_a_graph_and_lie_anywhere():
 def test_a_model_that_changes_the_size_is_refused(resized):
     with pytest.raises(ValueError, match="the model made .* of patches of"):
         sliding_window(resized, torch.randn(1, 8, 8, 8), 4)
+
+
+def test_distances_take_as_many_threads_as_the_process_may_use(monkeypatch):
+    used = []
+
+    class Tree(evaluate.cKDTree):
+        def query(self, points, workers):
+            used.append(workers)
+            return super().query(points, workers=workers)
+
+    monkeypatch.setattr(evaluate, "cKDTree", Tree)
+    monkeypatch.setattr(evaluate.os, "sched_getaffinity", lambda _: {0, 5, 7}, raising=False)
+    mask = np.zeros((5, 5, 5), bool)
+    mask[1:4, 1:4, 1:4] = True
+    assert hd95(mask, np.roll(mask, 1, 0), (1, 1, 1)) == 1
+    assert used == [3, 3]
