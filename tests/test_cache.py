@@ -1,10 +1,12 @@
 """Entries of the cache: found by content, whole or absent, and made by one process at a time."""
 
+import contextlib
 import gzip
 import itertools
 import os
 import shutil
 import signal
+import tempfile
 import threading
 import zlib
 from pathlib import Path
@@ -338,3 +340,51 @@ def test_whose_entries_are_there_waits_for_nobody(ct, tmp_path, monkeypatch):
     with lock(cache / "lock") as held:
         assert held
         assert len(load_cases(ct, ORGANS, 12.0, cache)[0]) == 2
+
+
+@contextlib.contextmanager
+def somebody_else():
+    """Another user, where this one is root, whom no right is denied."""
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.setresuid(65534, 65534, 0)
+    try:
+        yield
+    finally:
+        if is_root:
+            os.setresuid(0, 0, 0)
+
+
+@pytest.fixture
+def shared():
+    """A folder that another user may enter."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
+
+
+def test_a_colleague_uses_a_complete_cache_that_may_be_read_only(shared):
+    cases, cache = find_cases(write_nnunet(shared / "mri", "mri", 3)), shared / "cache"
+    truncate(cases[2].image)
+    found, _ = load_cases(cases, ORGANS, 12.0, cache, skip_bad=True)
+    for path in [cache, *cache.rglob("*")]:
+        path.chmod(path.stat().st_mode & ~0o222)
+    with somebody_else():
+        again, left_out = load_cases(cases, ORGANS, 12.0, cache, skip_bad=True)
+        [case, _] = again.values()
+        assert case.read_volume().image.shape == found[cases[0].image].read_volume().image.shape
+        assert left_out[0].startswith(f"{cases[2].image}: cannot be read")
+        with pytest.raises(PermissionError, match=f"denied: '{cache}"):
+            load_cases(cases[:1], ORGANS, 11.0, cache)
+
+
+def test_what_may_not_be_read_is_said_to_be_that(shared):
+    cases, cache = find_cases(write_nnunet(shared / "mri", "mri", 1)), shared / "cache"
+    load_cases(cases, ORGANS, 12.0, cache)
+    [entry] = entries(cache)
+    for path in (entry, cases[0].image):
+        path.chmod(0)
+        with somebody_else(), pytest.raises(DataError, match=f"{path}.*Permission denied") as error:
+            load_cases(cases, ORGANS, 12.0, cache)
+        assert "damaged" not in str(error.value)
+        path.chmod(0o755)
