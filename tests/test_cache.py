@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from conftest import (
     make_forms_disagree,
     save,
@@ -23,12 +22,11 @@ from conftest import (
     write_totalsegmentator,
 )
 
-from data import generator, make_volume, normalize, patches
-from scans import cache as cache_module
+from data import make_volume, normalize
 from scans import cases as cases_module
 from scans import machine
 from scans.cache import MAKING, entry_name, size_and_crc, write_entry
-from scans.cases import Volumes, load_cases, read_usable
+from scans.cases import load_cases, read_usable
 from scans.files import DataError, lock
 from scans.layouts import ORGANS, find_cases
 from scans.phantom import SPACING, make_phantom
@@ -133,12 +131,6 @@ def test_masks_that_change_places_make_another_entry(ct, tmp_path):
     spleen.rename(liver)
     (tmp_path / "kept").rename(spleen)
     assert name(ct[0]) != before
-    masks = {"liver": [(liver, ())], "spleen": [(spleen, ())]}
-    twice = [
-        ct[0]._replace(masks=masks | {"pancreas": [(path, ())]}, modality="ct")
-        for path in (liver, spleen)
-    ]
-    assert name(twice[0]) != name(twice[1])
 
 
 def test_a_pipe_among_the_files_is_not_waited_for(mri, tmp_path):
@@ -220,20 +212,6 @@ def test_two_cases_of_one_content_share_an_entry(ct, tmp_path, monkeypatch):
         np.testing.assert_array_equal(labels, make_phantom(1, "ct", 0)[1])
 
 
-def test_a_full_disk_leaves_no_half_entry(mri, tmp_path, monkeypatch):
-    save_array = np.save
-
-    def full(path, array):
-        if path.name == "labels.npy":
-            raise OSError(28, "No space left on device")
-        save_array(path, array)
-
-    monkeypatch.setattr(cache_module.np, "save", full)
-    with pytest.raises(OSError, match="No space"):
-        load_cases(mri, ORGANS, 12.0, tmp_path / "cache")
-    assert entries(tmp_path / "cache") == []
-
-
 @pytest.mark.parametrize("step", ["save", "savez_compressed", "fsync", "rename"])
 def test_a_kill_leaves_no_half_entry_and_its_leftovers_are_removed(step, mri, tmp_path):
     cache = tmp_path / "cache"
@@ -262,17 +240,6 @@ def test_rights_of_entries_follow_the_umask(mri, tmp_path):
     [entry] = entries(tmp_path / "cache")
     assert entry.stat().st_mode & 0o777 == 0o750
     assert {path.stat().st_mode & 0o777 for path in entry.iterdir()} == {0o640}
-
-
-def test_patches_of_cached_volumes_are_those_of_volumes_in_memory(ct, tmp_path):
-    found, _ = load_cases(ct, ORGANS, 6.0, tmp_path / "cache")
-    cached = Volumes([*found.values()])
-    plain = [
-        make_volume("", "ct", np.array(v.image), np.array(v.labels), v.labelled) for v in cached
-    ]
-    drawn = [list(patches(volumes, 24, 3, 10, generator(3))) for volumes in (plain, cached)]
-    for batches in zip(*drawn, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(*batches, strict=True))
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no list of mapped files here")

@@ -97,11 +97,9 @@ def test_organs_are_numbered_as_asked_for_and_those_that_nobody_labelled_are_kno
     np.testing.assert_array_equal(prepared.labelled, [True, True, False, True])
 
 
-@pytest.mark.parametrize("write", [write_totalsegmentator, write_amos])
 @pytest.mark.parametrize("factor", [0.9, 1.0000000591])
-def test_float_labels_and_a_trailing_axis_are_read(factor, write, tmp_path):
-    factor = 1.0000001 if write is write_amos else factor
-    [case] = find_cases(write(tmp_path, "ct", 1))
+def test_float_masks_and_a_trailing_axis_are_read(factor, tmp_path):
+    [case] = find_cases(write_totalsegmentator(tmp_path, "ct", 1))
     for path in case.label_files(ORGANS):
         edit(path, lambda labels: (labels * factor)[..., None])
     _, labels, errors, warnings = read_case(case, ORGANS)
@@ -176,14 +174,6 @@ def test_what_is_wrong_with_scan_and_labels_alike_is_said_once(tmp_path):
         make_forms_disagree(path)
     expected = ["its sform and qform put it at different places; the sform is used"]
     assert read_case(case, ORGANS)[2:] == ([], expected)
-
-
-def test_rounding_in_affines_is_no_trouble(tmp_path):
-    [case] = find_cases(write_totalsegmentator(tmp_path, "ct", 1))
-    path = tmp_path / "s0000/segmentations/liver.nii.gz"
-    edit(path, affine=nibabel.load(path).affine + 1e-3 * np.eye(4) * [1, 1, 1, 0])
-    assert (nibabel.load(path).affine != nibabel.load(case.image).affine).any()
-    assert read_case(case, ORGANS)[2:] == ([], [])
 
 
 def test_a_grid_too_small_for_a_body_is_mentioned(tmp_path):
