@@ -7,9 +7,7 @@ zeros stand in for it.
 
 import collections
 import functools
-import os
 
-import conftest
 import numpy as np
 import pytest
 import torch
@@ -109,16 +107,11 @@ def watch(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "backward", backward)
     monkeypatch.setattr(inference, "bfloat16_problem", lambda device: "")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
-    monkeypatch.setattr(
-        "torch.cuda.amp.common.amp_definitely_not_available", lambda: False, raising=False
-    )
+    not_available = "torch.cuda.amp.common.amp_definitely_not_available"
+    monkeypatch.setattr(not_available, lambda: False, raising=False)
     inference.mixed_precision.cache_clear()
-    with (
-        FakeTensorMode(allow_non_fake_inputs=True),
-        torch.no_grad(),
-        Watch() as watch,
-        Calls(watch),
-    ):
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake, torch.no_grad(), Watch() as watch, Calls(watch):
         yield watch
     inference.mixed_precision.cache_clear()
 
@@ -133,14 +126,9 @@ def everyone(config):
     return load_hospitals(config)[0][42]
 
 
-@pytest.mark.parametrize(
-    ("marks", "seen"), [("", ""), ("not thorough", ""), ("not cuda", ""), ("cuda", "0,1")]
-)
-def test_only_the_tests_for_a_gpu_see_one(marks, seen, pytestconfig, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    monkeypatch.setattr(pytestconfig.option, "markexpr", marks)
-    conftest.pytest_configure(pytestconfig)
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
+@pytest.fixture
+def model(watch, config):
+    return fedgin.make_model(config, 42, GPU)
 
 
 def train(config, everyone, model, **replaced):
@@ -154,26 +142,25 @@ def train(config, everyone, model, **replaced):
     return train_locally(model, client.batches(1), client.loss_function, lr=1e-3, autocast=dtype)
 
 
-def test_a_training_step_waits_for_nothing(watch, config, everyone):
-    model, dtypes = fedgin.make_model(config, 42, GPU), []
-    model.head.register_forward_hook(lambda module, inputs, found: dtypes.append(found.dtype))
+@pytest.mark.parametrize(
+    ("hook", "waits"),
+    [
+        (lambda found: found, 1),  # for the mean loss, at the end
+        (lambda found: found * found.mean().item(), 1 + STEPS),  # this would be noticed
+    ],
+)
+def test_a_training_step_waits_for_nothing(hook, waits, watch, model, config, everyone):
+    dtypes = []
+    model.head.register_forward_hook(lambda module, x, y: dtypes.append(y.dtype) or hook(y))
     watch.waits.clear()
     train(config, everyone, model)
-    assert +watch.waits == {"number": 1}  # the mean loss, at the end
+    assert +watch.waits == {"number": waits}
     assert dtypes == [torch.bfloat16] * STEPS
 
 
-def test_a_step_that_waits_is_noticed(watch, config, everyone):
-    model = fedgin.make_model(config, 42, GPU)
-    model.head.register_forward_hook(lambda module, inputs, found: found * found.mean().item())
-    watch.waits.clear()
-    train(config, everyone, model)
-    assert +watch.waits == {"number": 1 + STEPS}
-
-
-def test_a_tensor_on_the_wrong_device_is_noticed(watch, config, everyone):
-    model, weight = fedgin.make_model(config, 42, GPU), torch.ones(len(config.organs) + 1)
-    forgotten = functools.partial(segmentation_loss, weight=weight)  # it stayed on the CPU
+def test_a_tensor_on_the_wrong_device_is_noticed(model, config, everyone):
+    weight = torch.ones(len(config.organs) + 1)  # it stayed on the CPU
+    forgotten = functools.partial(segmentation_loss, weight=weight)
     with pytest.raises(RuntimeError, match="device"):
         train(config, everyone, model, loss_function=forgotten)
 
@@ -190,8 +177,9 @@ def test_a_round_and_its_validation_end_on_the_cpu(watch, config, everyone):
     assert {key: w.shape for key, w in weights.items()} == shapes
 
 
-def test_the_test_of_a_case_waits_for_its_lowest_voxel_and_its_labels(watch, config, everyone):
-    model = fedgin.make_model(config, 42, GPU)
+def test_the_test_of_a_case_waits_for_its_lowest_voxel_and_its_labels(
+    watch, model, config, everyone
+):
     watch.waits.clear()
     [(_, _, scores)] = fedgin.run_test(config, model, [(everyone[0], everyone[0].test[0])])
     assert +watch.waits == {"number": 1, "copy": 1}
@@ -199,21 +187,18 @@ def test_the_test_of_a_case_waits_for_its_lowest_voxel_and_its_labels(watch, con
 
 
 @pytest.mark.parametrize("text", ["CUDA out of memory", "GET was unable to find an engine to"])
-def test_a_volume_that_does_not_fit_is_put_together_on_the_cpu(text, watch, config):
-    model, image = fedgin.make_model(config, 42, GPU), np.zeros((40, 32, 32), np.float32)
-    calls = []
+def test_a_volume_that_does_not_fit_is_put_together_on_the_cpu(text, watch, model):
+    errors = [RuntimeError(text)]
 
-    def full(module, inputs):
-        calls.append(inputs)
-        if len(calls) == 1:
-            raise RuntimeError(text)
+    def fail_once(module, inputs):
+        if errors:
+            raise errors.pop()
 
-    model.register_forward_pre_hook(full)
+    model.register_forward_pre_hook(fail_once)
+    image, size = np.zeros((40, 32, 32), np.float32), (50, 40, 40)
     watch.waits.clear()
-    assert inference.segment(model, image, 32, (50, 40, 40)).shape == (50, 40, 40)
-    assert len(calls) == 2
+    assert inference.segment(model, image, 32, size).shape == size
     assert watch.waits["copy"] == 1  # the logits of the only batch of windows
-    del calls[:]
-    text = "shapes differ"
+    errors.append(RuntimeError("shapes differ"))
     with pytest.raises(RuntimeError, match="shapes differ"):
-        inference.segment(model, image, 32, (50, 40, 40))
+        inference.segment(model, image, 32, size)
