@@ -14,7 +14,6 @@ import monai.transforms
 import numpy as np
 import pytest
 import torch
-from conftest import awkward_affine, save
 from matplotlib import pyplot as plt
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -23,7 +22,6 @@ import gin
 import method_figures
 from data import Volume, normalize
 from fedgin import ARMS
-from scans import nifti
 from scans.cases import PreparedCase
 from scans.phantom import make_phantom
 from study.config import VERSION, Best, Checkpoint, Config, Round, Training
@@ -141,33 +139,18 @@ def test_readmes_snippets_for_monai_and_a_data_loader():
 # ------------------------------------------------------------------------------------------ slices
 
 
-def place(mask):
-    """Show a slice of 0 and 1; how far right and down of the middle its ones are, in voxels."""
-    axis = plt.figure().subplots()
-    method_figures.show(axis, np.asarray(mask, dtype=float), (0, 1))
+def test_a_slice_is_seen_from_the_feet():
+    """Its indices run to the patient's right and front: right is on the left, the front is up."""
+    axis, image = plt.figure().subplots(), np.arange(12.0).reshape(3, 4)
+    method_figures.show(axis, image, (0, 1))
+    rows = axis.images[0].get_array()
+    assert (rows[0, 0], rows[0, -1], rows[-1, 0]) == (image[-1, -1], image[0, -1], image[-1, 0])
     (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
-    assert left < right
+    assert left < right  # columns run right, and rows down
     assert top < bottom
-    assert {text.get_text(): text.get_position() for text in axis.texts} == {
-        "R": (0.05, 0.5), "L": (0.95, 0.5)
-    }  # fmt: skip
+    places = {"R": (0.05, 0.5), "L": (0.95, 0.5)}
+    assert {text.get_text(): text.get_position() for text in axis.texts} == places
     assert all(text.get_transform() == axis.transAxes for text in axis.texts)
-    rows, columns = np.nonzero(axis.images[0].get_array())
-    return columns.mean() - (left + right) / 2, rows.mean() - (top + bottom) / 2
-
-
-@pytest.mark.parametrize(
-    ("flips", "order"), [((1, 1, 1), [0, 1, 2]), ((-1, -1, 1), [0, 1, 2]), ((-1, 1, -1), [2, 0, 1])]
-)
-def test_a_scans_right_is_on_the_pictures_left_however_it_is_stored(flips, order, tmp_path):
-    """Marked by world coordinates, which run to the patient's right, front and head."""
-    affine, shape = awkward_affine((2, 2, 2), flips, order), (40, 40, 40)
-    world = np.moveaxis(np.indices(shape), 0, -1) @ affine[:3, :3].T
-    right, front, _ = np.moveaxis(world - world.mean((0, 1, 2)), -1, 0)
-    for axis, mask in enumerate((right > 10, front > 10)):
-        save(tmp_path / "mask.nii.gz", mask.astype(np.float32), affine)
-        voxels = nifti.read_nifti(tmp_path / "mask.nii.gz").voxels
-        assert place(voxels[:, :, 20])[axis] < -3
 
 
 def test_blend_is_gin_for_the_alpha_that_gin_draws():
@@ -191,51 +174,41 @@ def test_pictures_of_the_method(tmp_path):
 # ------------------------------------------------------------------------------- pictures of a run
 
 CONFIG = Config(width=2, depth=2, rounds=2, mri_cases=2)
-WEIGHTS = UNet3D(1, 6, CONFIG.width, CONFIG.depth).state_dict()
-ARMS_OF_A_SEED = (
-    ("mri-only",), ("fl", "1:1"), ("fl", "1:5"), ("fedgin", "1:1", 1.0),
-    ("fedgin", "1:1", 0.5), ("fedgin", "1:5", 1.0), ("fedgin", "1:5", 0.5), ("ct-only", "1:1"),
+LABELS = (
+    ("mri-only",), ("fl", "1:1"), ("fl", "1:5"), ("fedgin", "1:1", 1.0), ("fedgin", "1:1", 0.5),
+    ("fedgin", "1:5", 1.0), ("fedgin", "1:5", 0.5), ("ct-only", "1:1"),
 )  # fmt: skip
-TRAININGS = [Training(seed, *about) for seed in (1, 3) for about in ARMS_OF_A_SEED]
-LABELS = [training.label for training in TRAININGS[:8]]
+DICE = {Training(s, *label): n / 10 + s / 100 for s in (1, 3) for n, label in enumerate(LABELS, 1)}
 
 
-def dice_of(training, modality):
-    """Some number between 0 and 1 that no two trainings share."""
-    of_label = (LABELS.index(training.label) + 1) / 10 if training.label in LABELS else 0.9
-    return of_label + training.seed / 100 + (0.005 if modality == "ct" else 0)
-
-
-def leave(out, trainings, more=0.0, **settings):
-    """Write what a run leaves whose trainings end with these Dices, and `more`."""
-    config = dataclasses.replace(CONFIG, out=str(out), **settings)
-    run = RunFolder(config, list(ARMS))
-    run.open([])
-    for training in trainings:
-        folder, modalities = run.folder(training), ARMS[training.arm].modalities
-        folder.begin(dict.fromkeys(modalities, 2), torch.device("cpu"))
-        val_dice = {m: dice_of(training, m) for m in modalities}
-        halved = {m: dice / 2 for m, dice in val_dice.items()}
-        rounds = [Round(n, {"mri": 2.5}, d, 1.5) for n, d in enumerate((val_dice, halved), 1)]
-        checkpoint = Checkpoint(2, WEIGHTS, Best(0.5, 1, WEIGHTS), tuple(rounds))
-        folder.keep_round(checkpoint)
-        folder.keep_model(checkpoint)
-        for scanner, factor in (("own", 1.0), ("other", 0.5)):
-            for modality in ("mri", "ct"):
-                dice = (dice_of(training, modality) + more) * factor
-                score = {"outcome": "scored", "dice": dice, "hd95": 1.0, "nsd": 1.0}
-                hospital = Hospital(scanner, modality if scanner == "own" else "", (), (), ())
-                volume = Volume("phantom16", modality, *[np.zeros(0)] * 4)
-                case = PreparedCase(volume, None, [])
-                folder.keep_scores(hospital, case, dict.fromkeys(config.organs, score))
-        folder.finish(checkpoint)
-    return out
+def keep(folder, config, dice):
+    """Let a training end with this Dice on MRI of the own scanner, and others elsewhere."""
+    modalities = ARMS[folder.training.arm].modalities
+    found = {"mri": dice, "ct": dice + 0.005}
+    folder.begin(dict.fromkeys(modalities, 2), torch.device("cpu"))
+    rounds = [Round(n, {"mri": 2.5}, {m: found[m] / n for m in modalities}, 1.5) for n in (1, 2)]
+    weights = UNet3D(1, 6, config.width, config.depth).state_dict()
+    checkpoint = Checkpoint(2, weights, Best(0.5, 1, weights), tuple(rounds))
+    folder.keep_round(checkpoint)
+    folder.keep_model(checkpoint)
+    for scanner, factor in (("own", 1.0), ("other", 0.5)):
+        for modality, value in found.items():
+            score = {"outcome": "scored", "dice": value * factor, "hd95": 1.0, "nsd": 1.0}
+            hospital = Hospital(scanner, modality if scanner == "own" else "", (), (), ())
+            case = PreparedCase(Volume("phantom16", modality, *[np.zeros(0)] * 4), None, [])
+            folder.keep_scores(hospital, case, dict.fromkeys(config.organs, score))
+    folder.finish(checkpoint)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """What a run with two seeds, two ratios and two shares of GIN leaves."""
-    return leave(tmp_path_factory.mktemp("docs") / "run", TRAININGS)
+    config = dataclasses.replace(CONFIG, out=str(tmp_path_factory.mktemp("docs") / "run"))
+    run_folder = RunFolder(config, list(ARMS))
+    run_folder.open([])
+    for training, dice in DICE.items():
+        keep(run_folder.folder(training), config, dice)
+    return Path(config.out)
 
 
 @pytest.fixture(autouse=True)
@@ -300,7 +273,7 @@ def test_draws_what_a_run_has_so_far_and_says_when_there_is_nothing(run, tmp_pat
         code = figures.main(list(map(str, args)))
         return code, {path.stem for path in out.rglob("*.png")}
 
-    for training in TRAININGS:  # as if none were finished, and those of seed 3 in their training
+    for training in DICE:  # as if none were finished, and those of seed 3 in their training
         folder = out / training.folder
         (folder / "scores.csv").rename(folder / "testing.csv")
         if training.seed == 3:
@@ -322,25 +295,23 @@ def test_draws_what_a_run_has_so_far_and_says_when_there_is_nothing(run, tmp_pat
     assert "the version that made it must draw it" in capsys.readouterr().err
 
 
-def test_budget_shows_dice_against_steps_on_each_scanner(tmp_path):
-    """Two runs, of which the longer one has Dice 0.1 higher; elsewhere both have half of it."""
-    both = [training for training in TRAININGS if training.arm == "mri-only"]
-    # What the other run has not: a seed, and in one of them an arm.
-    few = [*both, Training(8, "mri-only")]
-    many = [*both, Training(9, "mri-only"), Training(1, "centralized", "1:1")]
-    folders = [
-        leave(tmp_path / "60", many, 0.1, rounds=60, local_steps=5),
-        leave(tmp_path / "20", few, rounds=20, local_steps=5),
+def test_budget_shows_dice_against_steps_on_each_scanner(run, tmp_path):
+    """Two runs, of which the longer one has Dice 0.1 higher but lacks a seed and an arm."""
+    short = figures.read_run(run)
+    scores = [
+        {**score, "dice": score["dice"] + (0.1 if score["scanner"] == "own" else 0.05)}
+        for score in short.scores
+        if score["seed"] == 3 and score["arm"] != "ct-only"
     ]
-    figure = figures.budget(*map(figures.read_run, folders))
+    config = dataclasses.replace(short.config, rounds=6)
+    figure = figures.budget(short._replace(config=config, scores=scores), short)
     titles = [axis.get_title() for axis in figure.axes]
     assert titles == [f"{m}, {s} scanner" for s in ("own", "other") for m in ("MRI", "CT")]
     own, other = ({x.get_label(): x for x in figure.axes[i].lines} for i in (0, 2))
-    assert "centralized" not in own
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["mri-only"]
-    line = own["mri-only"]
-    assert list(line.get_xdata()) == [100, 300]
-    assert list(line.get_ydata()) == pytest.approx([0.12, 0.22])  # seeds 1 and 3
-    assert list(other["mri-only"].get_ydata()) == pytest.approx([0.06, 0.11])
-    code = figures.main([*map(str, folders), "--out", str(tmp_path / "out")])
-    assert (code, [path.name for path in (tmp_path / "out").iterdir()]) == (0, ["budget.png"])
+    assert set(own) == {text.get_text() for text in figure.legends[0].get_texts()}
+    assert "ct-only" not in own
+    assert list(own["mri-only"].get_xdata()) == [60, 180]
+    assert list(own["mri-only"].get_ydata()) == pytest.approx([0.13, 0.23])  # seed 3
+    assert list(other["mri-only"].get_ydata()) == pytest.approx([0.065, 0.115])
+    assert figures.main([str(run), str(run), "--out", str(tmp_path / "out")]) == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["budget.png"]

@@ -1,6 +1,5 @@
 """FedAvg against numbers worked by hand, exact sums, centralized training, the pooled gradient."""
 
-import copy
 import math
 import re
 import weakref
@@ -10,15 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
-from federated import (
-    Client,
-    RunningAverage,
-    federated_rounds,
-    noting,
-    train_locally,
-)
+from federated import Client, RunningAverage, federated_rounds, train_locally
 
 NAN, INF = math.nan, math.inf
 
@@ -66,8 +60,6 @@ def test_accumulates_in_float64():
     """2^24 + 1 is no float32, so a float32 sum of these loses the small ones."""
     pairs = [({"w": torch.tensor([2.0**24])}, 1)] + [({"w": torch.tensor([1.0])}, 1)] * 15
     assert weighted_average(pairs)["w"].item() == torch.tensor((2.0**24 + 15) / 16).item()
-    many = weighted_average([({"w": torch.tensor([0.1])}, 0.7)] * 10000)["w"]
-    assert many.item() == torch.tensor(0.1).item()
 
 
 def test_keeps_no_state_and_leaves_it_untouched():
@@ -102,20 +94,12 @@ def test_parameters_may_be_averaged_as_they_are():
     ],
 )
 def test_what_does_not_fit_is_refused(second, n_k, error, message):
-    average = RunningAverage()
     state = dict.fromkeys("bca", torch.ones(2)) if second is None else {"w": second}
+    average = RunningAverage()
     average.add({"w": torch.ones(2)}, 1)
     with pytest.raises(error, match=message):
         average.add(state, n_k)
     assert average.result()["w"].tolist() == [1, 1]  # as if nothing had been added
-
-
-@pytest.mark.parametrize(
-    ("w", "n_k", "message"), [(NAN, 1, "^w has weights that are NaN"), (1.0, 0, "^n_k must be")]
-)
-def test_the_first_must_fit_too(w, n_k, message):
-    with pytest.raises((FloatingPointError, ValueError), match=message):
-        RunningAverage().add({"w": torch.tensor([w])}, n_k)
 
 
 @pytest.mark.parametrize("pairs", [[], [({}, 1)]])
@@ -197,24 +181,19 @@ def rates(round_):
 
 
 def test_one_client_is_centralized_training_exactly():
-    federated, central = small_model(), small_model()
-    batches = {round_: some_batches(4, seed=round_) for round_ in (1, 2, 3)}
+    federated, central, rounds = small_model(), small_model(), (1, 2, 3)
+    batches = {round_: some_batches(4, seed=round_) for round_ in rounds}
     only = {"only": Client(7, batches.get, F.mse_loss)}
     losses = [loss["only"] for _, loss in federated_rounds(federated, only, 3, rates)]
-    expected = [
-        train_locally(central, batches[round_], F.mse_loss, lr=rates(round_))
-        for round_ in (1, 2, 3)
-    ]
-    assert losses == expected
-    for a, b in zip(federated.parameters(), central.parameters(), strict=True):
-        assert torch.equal(a, b)
+    assert losses == [train_locally(central, batches[n], F.mse_loss, lr=rates(n)) for n in rounds]
+    assert all(map(torch.equal, federated.parameters(), central.parameters()))
 
 
 def test_two_hospitals_with_one_sgd_step_equal_the_pooled_gradient():
     """w − lr Σ_k (n_k / n) ∇L_k: one full batch each, weighted by unequal n_k."""
     federated, pooled = small_model().double(), small_model().double()
-    batches = {"a": some_batches(1, 1, size=5)[0], "b": some_batches(1, 2, size=15)[0]}
-    batches = {name: (x.double(), y.double()) for name, (x, y) in batches.items()}
+    pairs = {n: some_batches(1, seed=n, size=n)[0] for n in (5, 15)}
+    pairs = {n: (x.double(), y.double()) for n, (x, y) in pairs.items()}
 
     def train(model, batches, loss_function, lr):
         x, y = batches
@@ -224,16 +203,12 @@ def test_two_hospitals_with_one_sgd_step_equal_the_pooled_gradient():
         torch.optim.SGD(model.parameters(), lr=lr).step()
         return loss.item()
 
-    clients = {
-        "a": Client(5, lambda _: batches["a"], F.mse_loss),
-        "b": Client(15, lambda _: batches["b"], F.mse_loss),
-    }
+    clients = {n: Client(n, lambda _, n=n: pairs[n], F.mse_loss) for n in pairs}
     ((_, losses),) = federated_rounds(federated, clients, 1, rates, train=train)
-    x, y = (torch.cat(parts) for parts in zip(*batches.values(), strict=True))
-    loss = train(pooled, (x, y), F.mse_loss, lr=0.1)
+    loss = train(pooled, map(torch.cat, zip(*pairs.values(), strict=True)), F.mse_loss, lr=0.1)
     for a, b in zip(federated.parameters(), pooled.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
-    assert (5 * losses["a"] + 15 * losses["b"]) / 20 == pytest.approx(loss)
+    assert (5 * losses[5] + 15 * losses[15]) / 20 == pytest.approx(loss)
 
 
 def test_each_hospital_starts_from_the_global_weights_in_order():
@@ -249,12 +224,7 @@ def test_each_hospital_starts_from_the_global_weights_in_order():
     rounds = list(federated_rounds(model, clients, 2, rates, train=train))
     assert rounds == [(1, {"a": 0.5, "b": 0.5}), (2, {"a": 0.5, "b": 0.5})]
     # (2 · 2 + 1 · 5) / 3 = 3 after the first round, (2 · 4 + 1 · 7) / 3 = 5 after the second
-    assert seen == [
-        ("a", 1, 0.1, 1.0),
-        ("b", 1, 0.1, 1.0),
-        ("a", 2, 0.05, 3.0),
-        ("b", 2, 0.05, 3.0),
-    ]
+    assert seen == [(k, n, 0.1 / n, w) for n, w in ((1, 1.0), (2, 3.0)) for k in "ab"]
     assert model.weight.item() == 5.0
 
 
@@ -273,21 +243,12 @@ def test_a_model_goes_on_after_the_rounds_that_it_went_through():
     assert list(federated_rounds(later, clients, 4, rates, start=4)) == []
 
 
-def test_a_place_is_noted_on_whatever_is_raised():
-    with pytest.raises(KeyError) as caught, noting("round 1"), noting("hospital a"):
-        raise KeyError("w")
-    assert caught.value.__notes__ == ["hospital a", "round 1"]
-    with pytest.raises(KeyboardInterrupt) as stopped, noting("round 1"):
-        raise KeyboardInterrupt
-    assert not hasattr(stopped.value, "__notes__")
-
-
 def constant(loss):
     return lambda model, batches, loss_function, lr: loss
 
 
 def poison(model, batches, loss_function, lr):
-    if batches == ("b", 2):
+    if batches == ("a", 2):
         nn.init.constant_(model.weight, NAN)
     return 0.1
 
@@ -310,7 +271,7 @@ LOSS = "^the loss is {}; a lower learning rate may help$"
 @pytest.mark.parametrize(
     ("clients", "train", "error", "match", "place"),
     [
-        (ABC, poison, FloatingPointError, "^weight has weights that are NaN", (2, "b")),
+        (ABC, poison, FloatingPointError, "^weight has weights that are NaN", (2, "a")),
         (ABC, stumble, ConnectionResetError, "^the disk is gone", (3, "c")),
         (ABC, constant(NAN), FloatingPointError, LOSS.format("nan"), (1, "a")),
         (ABC, constant(INF), FloatingPointError, LOSS.format("inf"), (1, "a")),
@@ -340,32 +301,29 @@ def test_local_training_is_adamw_with_clipping(more):
         y, scale = targets
         return scale * F.mse_loss(logits, y)
 
-    decay, max_norm = more.get("weight_decay", 1e-4), more.get("max_norm", 1.0)
+    decay, max_norm, lr = more.get("weight_decay", 1e-4), more.get("max_norm", 1.0), 0.01
     model = small_model().double()
     (x, y), (x2, y2) = some_batches(2, 3)
     batches = [(x.double(), (y.double(), 100)), (x2.double(), (y2.double(), 0.1))]
-    by_hand = [w.detach().clone() for w in model.parameters()]
-    moments, losses, norms, lr = [(0, 0) for _ in by_hand], [], [], 0.01
+    by_hand = {key: w.detach().clone() for key, w in model.named_parameters()}
+    moments, losses, norms = dict.fromkeys(by_hand, (0, 0)), [], []
     for step, (x, targets) in enumerate(batches, start=1):
-        reference = copy.deepcopy(model)
-        for w, value in zip(reference.parameters(), by_hand, strict=True):
-            w.data = value
-        losses.append(loss(reference(x).float(), targets))
-        gradients = torch.autograd.grad(losses[-1], list(reference.parameters()))
+        weights = {key: w.clone().requires_grad_() for key, w in by_hand.items()}
+        losses.append(loss(functional_call(model, weights, x).float(), targets))
+        gradients = torch.autograd.grad(losses[-1], list(weights.values()))
         norms.append(math.sqrt(sum(g.square().sum().item() for g in gradients)))
-        for n, g in enumerate(gradients):
+        for (key, w), g in zip(by_hand.items(), gradients, strict=True):
             g = g * min(1, max_norm / (norms[-1] + 1e-6))
-            first, second = moments[n]
+            first, second = moments[key]
             first, second = 0.9 * first + 0.1 * g, 0.999 * second + 0.001 * g * g
-            moments[n] = first, second
+            moments[key] = first, second
             move = (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
-            by_hand[n] = by_hand[n] - lr * decay * by_hand[n] - lr * move
+            by_hand[key] = w - lr * decay * w - lr * move
     assert norms[0] > max_norm > norms[1]
     returned = train_locally(model, batches, loss, lr=lr, **more)
     assert type(returned) is float
     assert returned == pytest.approx(sum(losses).item() / 2)
-    for w, expected in zip(model.parameters(), by_hand, strict=True):
-        torch.testing.assert_close(w.detach(), expected, rtol=0, atol=1e-8)
+    torch.testing.assert_close(dict(model.state_dict()), by_hand, rtol=0, atol=1e-8)
 
 
 def test_no_batch_is_refused():

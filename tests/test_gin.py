@@ -6,12 +6,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
 
 from benchmarks import gin_layer
 from gin import GIN, gin
-
-SHAPES = [(3, 1, 40), (2, 3, 9, 14), (3, 1, 8, 7, 10), (1, 2, 5, 6, 7)]
 
 
 def seeded(seed=0):
@@ -22,6 +19,10 @@ def images(shape):
     """Noise; each image is ten times as bright as the one before it."""
     scale = 10.0 ** torch.arange(shape[0]).view(-1, *[1] * (len(shape) - 1))
     return scale * torch.randn(shape, generator=seeded(9))
+
+
+IMAGES = [*map(images, [(3, 1, 40), (2, 3, 9, 14), (3, 1, 8, 7, 10), (1, 2, 5, 6, 7)])]
+IMAGES.append(images((2, 1, 6, 7, 8)).transpose(2, 4))  # not contiguous
 
 
 def convolve(image, kernels, biases):
@@ -56,7 +57,7 @@ def plain_gin(x, generator, n_layers=4, hidden_channels=2, kernel_sizes=(1, 3)):
     return np.stack(outputs)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("x", IMAGES)
 @pytest.mark.parametrize(
     "settings",
     [
@@ -67,8 +68,7 @@ def plain_gin(x, generator, n_layers=4, hidden_channels=2, kernel_sizes=(1, 3)):
     ],
 )
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_equals_the_plain_loop(shape, settings, seed):
-    x = images(shape)
+def test_equals_the_plain_loop(x, settings, seed):
     redrawn = gin(x, **settings, generator=seeded(seed))
     for found, expected in zip(redrawn, plain_gin(x, seeded(seed), **settings), strict=True):
         atol = 1e-5 * abs(expected).max()
@@ -77,31 +77,11 @@ def test_equals_the_plain_loop(shape, settings, seed):
     assert torch.equal(gin(x, **settings), redrawn)  # without a generator: by the default one
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_depthwise_convolutions_make_the_same_network(shape, monkeypatch):
-    x = images(shape)
+@pytest.mark.parametrize("x", IMAGES)
+def test_depthwise_convolutions_make_the_same_network(x, monkeypatch):
     expected = gin(x, generator=seeded())
     monkeypatch.setattr(sys.modules["gin"], "_network", gin_layer.depthwise)
     torch.testing.assert_close(gin(x, generator=seeded()), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_the_benchmarks_naive_form_has_kernels_of_the_same_sizes(monkeypatch):
-    x, sizes = torch.randn(2, 3, 6, 5, 7), {}
-
-    def convolve(name, conv3d=F.conv3d):
-        def wrapper(h, kernel, *args, **options):
-            sizes.setdefault(name, []).append(kernel.shape)
-            return conv3d(h, kernel, *args, **options)
-
-        return wrapper
-
-    for name, side in gin_layer.sides(x, calls=5).items():
-        monkeypatch.setattr(F, "conv3d", convolve(name))
-        monkeypatch.setitem(sys.modules["gin"].CONVOLUTION, 3, F.conv3d)
-        side()
-    assert sizes["naive"] == sizes["gin"]
-    assert [s[2:] for s in sizes["depthwise"]] == [s[2:] for s in sizes["gin"]]
-    assert len(sizes["gin"]) == 5 * 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -120,12 +100,6 @@ def test_a_black_image_stays_black_and_the_input_untouched():
     copy = x.clone()
     assert torch.equal(gin(x)[0], torch.zeros(1, 6, 6))
     assert torch.equal(x, copy)
-
-
-def test_non_contiguous_input():
-    x = torch.randn(2, 1, 6, 7, 8).transpose(2, 4)
-    expected = gin(x.contiguous(), generator=seeded())
-    torch.testing.assert_close(gin(x, generator=seeded()), expected)
 
 
 @pytest.mark.parametrize("redraw", [gin, GIN()])

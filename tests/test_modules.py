@@ -82,11 +82,6 @@ def test_imports_run_downwards_only(name):
         assert own or other in BELOW[room] or room_of(other) in BELOW[room], other
 
 
-def test_settings_are_read_by_fedgin_study_and_scripts_only():
-    readers = {name for name, others in GRAPH.items() if "study.config" in others}
-    assert {room_of(name) for name in readers} == {"fedgin", "study", "scripts"}
-
-
 def test_no_import_leads_back():
     left = dict(GRAPH)
     while left:
