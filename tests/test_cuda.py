@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from torch.nn import functional as F
 
 import data
 from evaluate import sliding_window
@@ -32,13 +31,6 @@ def device(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)  # and back, after choose_device
     return choose_device()
-
-
-@pytest.fixture
-def bfloat16(device):
-    if mixed_precision(device) is None:
-        pytest.skip("this GPU, or its cuDNN, has no bfloat16 that can be used")
-    return functools.partial(torch.autocast, "cuda", dtype=torch.bfloat16)
 
 
 def network(device, width=8, depth=3, dtype=torch.float32):
@@ -73,9 +65,6 @@ def distance(found, expected):
     return float((found - expected).norm() / expected.norm())
 
 
-# ------------------------------------------------------------------------------ float32, as the CPU
-
-
 @pytest.mark.parametrize("shape", [(3, 1, 40), (2, 3, 19, 24), (3, 1, 18, 17, 20)])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("p", [1, 0.5])
@@ -91,12 +80,12 @@ def test_gin_draws_and_computes_the_same(shape, seed, p, device):
 def test_the_loss_is_the_same(partial, device):
     logits = torch.randn(2, CLASSES, 8, 8, 8, generator=torch.Generator().manual_seed(0))
     [(_, (labels, _))] = batches(1, 8, CPU)
-    labelled = torch.arange(2 * CLASSES).view(2, CLASSES) % 4 != 3 if partial else None
-    values = []
+    labelled = torch.arange(2 * CLASSES).view(2, CLASSES) % 4 != 3
+    losses = []
     for d in (CPU, device):
-        known = None if labelled is None else labelled.to(d)
-        values.append(loss_function(d)(logits.to(d), (labels.to(d), known)).item())
-    assert values[1] == pytest.approx(values[0], rel=1e-5)
+        known = labelled.to(d) if partial else None
+        losses.append(loss_function(d)(logits.to(d), (labels.to(d), known)).item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 def test_the_gradients_of_a_training_step_are_the_same(device):
@@ -135,35 +124,26 @@ def test_the_average_is_the_same_and_stays_there(device):
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-6, atol=1e-7)
 
 
-# ----------------------------------------------------------------------------------------- bfloat16
-
-
-def test_training_in_bfloat16_goes_the_same_way(bfloat16, device):
+def test_training_in_bfloat16_goes_the_same_way(device):
+    if mixed_precision(device) is None:
+        pytest.skip("this GPU, or its cuDNN, has no bfloat16 that can be used")
     found = mean_loss(20, device, torch.bfloat16)
     assert found == pytest.approx(mean_loss(20, device), rel=0.02)
 
 
-def peak_memory(work):
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    work()
-    return torch.cuda.max_memory_allocated() - before
-
-
-# --------------------------------------------------------------------------------- runs, and memory
-
-
 def test_memory_does_not_grow_with_the_hospitals(device):
-    def train(hospitals, steps):
+    def peak_memory(hospitals, steps):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         client = Client(1, lambda _: batches(steps, 32, device), loss_function(device))
         clients = dict.fromkeys(range(hospitals), client)
         for _ in federated_rounds(network(device, width=16), clients, 2, lambda _: 1e-3):
             pass
+        return torch.cuda.max_memory_allocated() - before
 
-    train(2, 2)  # what cuDNN and cuBLAS keep
-    few, many = peak_memory(lambda: train(2, 16)), peak_memory(lambda: train(32, 1))
-    assert many <= 1.01 * few
+    peak_memory(2, 2)  # what cuDNN and cuBLAS keep
+    assert peak_memory(32, 1) <= 1.01 * peak_memory(2, 16)
 
 
 def test_a_run_goes_through_and_a_cpu_reads_its_model(tmp_path):
@@ -201,5 +181,3 @@ def test_the_current_device_is_the_chosen_one():
     device = choose_device(torch.cuda.device_count())
     assert device == torch.device("cuda", 0)
     assert torch.cuda.current_device() == 0
-    x = torch.randn(2, 3, 8, 8, 8, device="cuda")
-    assert F.conv3d(x, torch.ones(1, 3, 3, 3, 3, device="cuda")).device == device

@@ -19,8 +19,6 @@ from data import (
 )
 from scans.phantom import make_phantom
 
-# --------------------------------------------------------------------------------- the model's grid
-
 
 def noise(shape):
     rng = np.random.default_rng(0)
@@ -65,9 +63,6 @@ def test_the_best_class_wins_at_each_voxel_as_by_scipy(size):
     np.testing.assert_array_equal(labels[clear], interpolated.argmax(0)[clear])
 
 
-# ----------------------------------------------------------------------------------------- volumes
-
-
 def test_foreground_voxels_are_of_their_organ_and_the_same_each_time():
     image, labels = (array.repeat(2, 0) for array in make_phantom(1, "ct", 0))
     volume, again = (make_volume("x", "ct", image, labels, np.ones(6, bool)) for _ in range(2))
@@ -103,9 +98,6 @@ def test_normalization_by_modality(modality, window, clipped):
     expected = (clipped - clipped.mean()) / clipped.std()
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     assert np.isfinite(normalize(np.ones((3, 3), np.float32), modality)).all()
-
-
-# ----------------------------------------------------------------------------------------- patches
 
 
 def plain_patches(volumes, patch, batch_size, steps, generator):

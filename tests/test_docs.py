@@ -7,7 +7,6 @@ import io
 import re
 import shutil
 import textwrap
-from collections import Counter
 from pathlib import Path
 
 import monai.transforms
@@ -38,8 +37,6 @@ QUOTE = re.compile(
     r"From\s`([\w.]+)`\sin\s\[(\w+\.py)\]\(\.\./\2\):\n\n```python\n(.*?)```", re.DOTALL
 )
 
-# ------------------------------------------------------------------------------------------- pages
-
 
 def source_of(file, function):
     """The lines of a function or method of a file."""
@@ -67,14 +64,10 @@ def test_every_example_of_the_method_prints_what_it_says():
 
 
 def anchors(page):
-    """The anchors of a page's headings, as GitHub makes them."""
+    """The anchors of a page's headings, as GitHub makes them of headings that differ."""
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-    found, slugs = [], Counter()
-    for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE):
-        slug = re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
-        found.append(f"{slug}-{slugs[slug]}" if slugs[slug] else slug)
-        slugs[slug] += 1
-    return found
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", each.strip().lower()).replace(" ", "-") for each in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -95,9 +88,6 @@ def test_one_version_is_named_everywhere():
     latest, *_ = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.M)
     assert version == VERSION
     assert latest == f"{version} ({date})"
-
-
-# ------------------------------------------------------------------------------- README's snippets
 
 
 def test_readmes_snippets_are_short():
@@ -136,9 +126,6 @@ def test_readmes_snippets_for_monai_and_a_data_loader():
         assert not torch.allclose(images, before)
 
 
-# ------------------------------------------------------------------------------------------ slices
-
-
 def test_a_slice_is_seen_from_the_feet():
     """Its indices run to the patient's right and front: right is on the left, the front is up."""
     axis, image = plt.figure().subplots(), np.arange(12.0).reshape(3, 4)
@@ -146,8 +133,7 @@ def test_a_slice_is_seen_from_the_feet():
     rows = axis.images[0].get_array()
     assert (rows[0, 0], rows[0, -1], rows[-1, 0]) == (image[-1, -1], image[0, -1], image[-1, 0])
     (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
-    assert left < right  # columns run right, and rows down
-    assert top < bottom
+    assert left < right and top < bottom  # columns run right, and rows down
     places = {"R": (0.05, 0.5), "L": (0.95, 0.5)}
     assert {text.get_text(): text.get_position() for text in axis.texts} == places
     assert all(text.get_transform() == axis.transAxes for text in axis.texts)
@@ -270,29 +256,26 @@ def test_draws_what_a_run_has_so_far_and_says_when_there_is_nothing(run, tmp_pat
     def drawn(*args):
         for path in out.rglob("*.png"):
             path.unlink()
+        capsys.readouterr()
         code = figures.main(list(map(str, args)))
-        return code, {path.stem for path in out.rglob("*.png")}
+        return code, {path.stem for path in out.rglob("*.png")}, capsys.readouterr().err
 
     for training in DICE:  # as if none were finished, and those of seed 3 in their training
         folder = out / training.folder
         (folder / "scores.csv").rename(folder / "testing.csv")
         if training.seed == 3:
             (folder / "model.pt").unlink()
-    assert drawn(out, "--out", out / "new") == (0, {"validation", "predictions"})
+    assert drawn(out, "--out", out / "new") == (0, {"validation", "predictions"}, "")
     for path in out.glob("*/model.pt"):
         path.unlink()
-    assert drawn(out) == (0, {"validation"})
+    assert drawn(out) == (0, {"validation"}, "")
     for path in out.glob("*/history.csv"):
         path.unlink()
-    capsys.readouterr()
-    assert drawn(out) == (2, set())
     message = f"{out}: nothing to draw yet, as no round of the run is finished"
-    assert capsys.readouterr().err == f"figures.py: {message}\n"
-    assert drawn(out / "new") == (2, set())
-    assert "no run is there" in capsys.readouterr().err
+    assert drawn(out) == (2, set(), f"figures.py: {message}\n")
+    assert "no run is there" in drawn(out / "new")[2]
     (out / "config.json").write_text('{"seeds": [42], "python": "3.11.7"}')  # by version 1
-    assert drawn(out) == (2, set())
-    assert "the version that made it must draw it" in capsys.readouterr().err
+    assert "the version that made it must draw it" in drawn(out)[2]
 
 
 def test_budget_shows_dice_against_steps_on_each_scanner(run, tmp_path):

@@ -23,6 +23,7 @@ from study.hospitals import load_hospitals
 
 GPU = torch.device("cuda", 0)
 STEPS = 3
+CONFIG = Config("complete", rounds=1, local_steps=STEPS, width=2, depth=2)
 
 
 class Watch(TorchDispatchMode):
@@ -115,28 +116,22 @@ def watch(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def config():
-    return Config("complete", rounds=1, local_steps=STEPS, width=2, depth=2)
-
-
-@pytest.fixture(scope="module")
-def everyone(config):
-    return load_hospitals(config)[0][42]
+def everyone():
+    return load_hospitals(CONFIG)[0][42]
 
 
 @pytest.fixture
-def model(watch, config):
-    return fedgin.make_model(config, 42, GPU)
+def model(watch):
+    return fedgin.make_model(CONFIG, 42, GPU)
 
 
-def train(config, everyone, model, **replaced):
+def train(everyone, model):
     """The steps of a hospital in a round, some of whose cases lack an organ's labels."""
     for hospital in everyone:
         for case in hospital.train[::2]:
             case.volume.labelled[2] = False
-    clients = fedgin.make_clients(config, Training(42, "fedgin", p=0.5), everyone, GPU)
-    client = clients["mri"]._replace(**replaced)
-    dtype = inference.mixed_precision(GPU)
+    clients = fedgin.make_clients(CONFIG, Training(42, "fedgin", p=0.5), everyone, GPU)
+    client, dtype = clients["mri"], inference.mixed_precision(GPU)
     return train_locally(model, client.batches(1), client.loss_function, lr=1e-3, autocast=dtype)
 
 
@@ -147,32 +142,30 @@ def train(config, everyone, model, **replaced):
         (lambda found: found * found.mean().item(), 1 + STEPS),  # this would be noticed
     ],
 )
-def test_a_training_step_waits_for_nothing(hook, waits, watch, model, config, everyone):
+def test_a_training_step_waits_for_nothing(hook, waits, watch, model, everyone):
     dtypes = []
     model.head.register_forward_hook(lambda module, x, y: dtypes.append(y.dtype) or hook(y))
     watch.waits.clear()
-    train(config, everyone, model)
+    train(everyone, model)
     assert +watch.waits == {"number": waits}
     assert dtypes == [torch.bfloat16] * STEPS
 
 
-def test_a_round_and_its_validation_end_on_the_cpu(watch, config, everyone):
+def test_a_round_and_its_validation_end_on_the_cpu(watch, everyone):
     training = Training(42, "fedgin", p=1.0)
-    clients = fedgin.make_clients(config, training, everyone, GPU)
+    clients = fedgin.make_clients(CONFIG, training, everyone, GPU)
     held_out = [hospital.val[0] for hospital in everyone if hospital.val]
-    [checkpoint] = fedgin.train_arm(config, training, clients, held_out, GPU)
+    [checkpoint] = fedgin.train_arm(CONFIG, training, clients, held_out, GPU)
     weights = checkpoint.best.weights
     assert {w.device.type for w in weights.values()} == {"cpu"}
     assert len({w.untyped_storage()._cdata for w in weights.values()}) == 1  # a single copy
 
 
-def test_the_test_of_a_case_waits_for_its_lowest_voxel_and_its_labels(
-    watch, model, config, everyone
-):
+def test_the_test_of_a_case_waits_for_its_lowest_voxel_and_its_labels(watch, model, everyone):
     watch.waits.clear()
-    [(_, _, scores)] = fedgin.run_test(config, model, [(everyone[0], everyone[0].test[0])])
+    [(_, _, scores)] = fedgin.run_test(CONFIG, model, [(everyone[0], everyone[0].test[0])])
     assert +watch.waits == {"number": 1, "copy": 1}
-    assert scores.keys() == set(config.organs)
+    assert scores.keys() == set(CONFIG.organs)
 
 
 @pytest.mark.parametrize("text", ["CUDA out of memory", "GET was unable to find an engine to"])

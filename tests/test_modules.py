@@ -63,8 +63,6 @@ def imported(name):
 
 GRAPH = {name: imported(name) & MODULES.keys() for name in MODULES}
 
-# -------------------------------------------------------------------------------------- the house
-
 
 def test_the_root_has_six_modules():
     assert {path.name for path in ROOT.glob("*.py")} == {f"{name}.py" for name in SIX}
@@ -114,9 +112,6 @@ def test_a_package_is_a_docstring(room):
     assert not [path for path in (ROOT / room).iterdir() if path.is_dir() and "__" not in path.name]
 
 
-# ------------------------------------------------------------------------------------------- sizes
-
-
 def count(path):
     return len(path.read_text().splitlines())
 
@@ -137,9 +132,6 @@ def test_the_method_stays_small():
 def test_what_surrounds_the_method_stays_small():
     files = [path for room in ROOMS for path in ROOT.glob(f"{room}/*.py")]
     assert sum(map(count, files)) <= LINES_OF_THE_PACKAGES
-
-
-# ------------------------------------------------------------------------------------------- alone
 
 
 IMPORTS = """

@@ -65,22 +65,11 @@ def test_equals_monais_basic_unet():
     model = randomized(UNet3D(in_channels=2, out_channels=3, width=2, depth=5))
     act = ("LeakyReLU", {"negative_slope": 0.01})
     peer = BasicUNet(3, 2, 3, features=(2, 4, 8, 16, 32, 2), act=act, bias=False)
-    ours = dict(model.named_parameters())
-    levels = {"conv_0": "encoders.0"}
-    levels |= {f"down_{n}.convs": f"encoders.{n}" for n in range(1, 5)}
-    levels |= {f"upcat_{n + 1}.convs": f"decoders.{n}" for n in range(4)}
-    names = {f"upcat_{n + 1}.upsample.deconv": f"upsamplers.{n}" for n in range(4)}
-    names["final_conv"] = "head"
-    for theirs, name in levels.items():
-        for n in (0, 1):
-            names[f"{theirs}.conv_{n}.conv"] = f"{name}.{3 * n}"
-            names[f"{theirs}.conv_{n}.adn.N"] = f"{name}.{3 * n + 1}"
-    for key, w in peer.named_parameters():
-        theirs, part = key.rsplit(".", 1)
-        source = ours.pop(f"{names[theirs]}.{part}").detach()
+    ups = [part[level] for level in (3, 2, 1, 0) for part in (model.upsamplers, model.decoders)]
+    ours = [w for part in (*model.encoders, *ups, model.head) for w in part.parameters()]
+    for w, source in zip(peer.parameters(), ours, strict=True):
         nn.init.zeros_(w)
-        w.data[tuple(map(slice, source.shape))] = source
-    assert not ours
+        w.data[tuple(map(slice, source.shape))] = source.detach()
     x = torch.randn(1, 2, 16, 16, 32)
     torch.testing.assert_close(model(x), peer(x), rtol=1e-4, atol=1e-3)
 
