@@ -177,6 +177,7 @@ def test_a_layer_equals_the_function_and_shows_its_settings():
     assert repr(layer) == "GIN(p=1.0, n_layers=3, hidden_channels=4, kernel_sizes=(5,))"
 
 
+@pytest.mark.slow
 def test_it_compiles_for_batches_of_several_sizes():
     """A DataLoader's last batch is smaller: its size is symbolic, here from the first batch on."""
     x, layer = torch.randn(3, 1, 8, 8, 8), GIN(0.5)
