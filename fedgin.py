@@ -12,6 +12,7 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -22,12 +23,12 @@ import data
 from evaluate import dice_by_label, score_case
 from federated import Client, Weights, federated_rounds, noting, train_locally
 from gin import GIN
-from scans.cases import PreparedCase
+from scans.cases import PreparedCase, Volumes
 from scans.files import DataError
 from scans.machine import in_background
 from study import console, hospitals
-from study.config import Best, Checkpoint, Config, Round, Training, make_parser, to_config
-from study.console import Progress
+from study.config import Checkpoint, Config, Round, Training, make_parser, to_config
+from study.console import Progress, count_steps
 from study.hospitals import Hospital
 from study.inference import choose_device, copy_to_cpu, mixed_precision, segment
 from study.results import RunFolder, TrainingFolder
@@ -88,8 +89,8 @@ def plan(config: Config) -> list[Training]:
 
 def choose_cases(
     config: Config, training: Training, everyone: Sequence[Hospital]
-) -> dict[str, list[data.Volume]]:
-    """Who trains on which cases: {hospital: volumes}.
+) -> dict[str, list[PreparedCase]]:
+    """Who trains on which cases: {hospital: cases}.
 
     In the limited scenario at most mri_cases MRI cases, and that number times the ratio of CT.
     """
@@ -98,13 +99,13 @@ def choose_cases(
         n_mri = sum(len(hospital.train) for hospital in everyone if hospital.modality == "mri")
         limit["mri"] = min(config.mri_cases, n_mri or math.inf)
         limit["ct"] = limit["mri"] * RATIOS.get(training.ratio, math.inf)
-    chosen: dict[str, list[data.Volume]] = {}
+    chosen: dict[str, list[PreparedCase]] = {}
     for modality in ARMS[training.arm].modalities:
         holders = [hospital for hospital in everyone if hospital.modality == modality]
         # In turns, so that a small share of the cases still comes from every hospital.
         turns = sorted((i, k) for k, h in enumerate(holders) for i in range(len(h.train)))
         for i, k in turns[: int(min(limit[modality], len(turns)))]:
-            chosen.setdefault(holders[k].name, []).append(holders[k].train[i].volume)
+            chosen.setdefault(holders[k].name, []).append(holders[k].train[i])
     return chosen
 
 
@@ -118,10 +119,10 @@ def make_clients(
     chosen, steps = choose_cases(config, training, everyone), config.local_steps
     if ARMS[training.arm].pooled:
         steps *= len(chosen)
-        chosen = {"pooled": [volume for volumes in chosen.values() for volume in volumes]}
+        chosen = {"pooled": [case for cases in chosen.values() for case in cases]}
     return {
-        name: make_client(config, training, name, volumes, steps, device)
-        for name, volumes in chosen.items()
+        name: make_client(config, training, name, cases, steps, device)
+        for name, cases in chosen.items()
     }
 
 
@@ -129,7 +130,7 @@ def make_client(
     config: Config,
     training: Training,
     name: str,
-    volumes: Sequence[data.Volume],
+    cases: Sequence[PreparedCase],
     steps: int,
     device: torch.device,
 ) -> Client:
@@ -140,7 +141,7 @@ def make_client(
         draws = data.generator(training.seed, round_, name, "patches")
         gin_draws = data.generator(training.seed, round_, name, "gin")
         augment = GIN(training.p or 0.0, generator=gin_draws)
-        drawn = data.patches(volumes, config.patch, config.batch_size, steps, draws)
+        drawn = data.patches(Volumes(cases), config.patch, config.batch_size, steps, draws)
         for images, labels, labelled in data.prefetch(drawn, pin=device.type == "cuda"):
             known = None if labelled.all() else labelled.to(device, non_blocking=True)
             images = images.to(device, non_blocking=True)
@@ -149,10 +150,10 @@ def make_client(
 
     # In the cross-entropy a class weighs 1 / √(its voxels here); only ratios count. With equal
     # weights small organs now and then vanish from the prediction for good.
-    counts = np.sum([volume.counts for volume in volumes], axis=0)
+    counts = np.sum([case.counts for case in cases], axis=0)
     weight = torch.from_numpy(counts).clamp(min=1).float().rsqrt().to(device)
     loss = functools.partial(segmentation_loss, weight=weight)
-    return Client(n_k=len(volumes), batches=batches, loss_function=loss)
+    return Client(n_k=len(cases), batches=batches, loss_function=loss)
 
 
 # ----------------------------------------------------------------------------------------- a round
@@ -220,9 +221,9 @@ def validate(
     sums = torch.zeros(len(modalities), len(config.organs), dtype=torch.float64)
     counts = torch.zeros_like(sums)
     for case in cases:
-        labels, m = case.volume.labels, modalities.index(case.volume.modality)
-        prediction = segment(model, case.volume.image, config.patch, labels.shape)
-        found = torch.from_numpy(dice_by_label(prediction, labels, len(config.organs) + 1))
+        volume, m = case.read_volume(), modalities.index(case.modality)
+        prediction = segment(model, volume.image, config.patch, volume.labels.shape)
+        found = torch.from_numpy(dice_by_label(prediction, volume.labels, len(config.organs) + 1))
         sums[m] += found.nan_to_num(0.0)
         counts[m] += ~found.isnan()
     return sums, counts
@@ -240,11 +241,12 @@ def keep_round(checkpoint: Checkpoint, model: nn.Module, done: Round) -> Checkpo
     The best weights have the highest validation Dice, the mean over the modalities that can be
     scored; where none can, they are the last ones.
     """
-    weights = copy_to_cpu(model.state_dict())
-    best, val_mean = checkpoint.best, mean(done.val_dice.values())
-    if done.val_dice and not val_mean <= best.val_dice:  # NaN: the last one
-        best = Best(val_mean, done.round, weights)
-    return Checkpoint(done.round, weights, best, (*checkpoint.history, done))
+    weights, history = copy_to_cpu(model.state_dict()), (*checkpoint.history, done)
+    reached = replace(checkpoint, round=done.round, weights=weights, history=history)
+    val_mean = mean(done.val_dice.values())
+    if done.val_dice and not val_mean <= checkpoint.best_dice:  # NaN: the last one
+        return replace(reached, best_round=done.round, best_dice=val_mean, best_weights=weights)
+    return reached
 
 
 # ----------------------------------------------------------------------------- the test, and a run
@@ -258,9 +260,9 @@ def run_test(
     def segmented() -> Iterator[tuple]:
         for hospital, case in cases:
             target, spacing = case.read_target()
-            prediction = segment(model, case.volume.image, config.patch, target.shape)
-            about = config.organs, spacing, config.nsd_tolerance, case.volume.labelled
-            yield (hospital, case), (prediction, target, *about)
+            prediction = segment(model, case.read_volume().image, config.patch, target.shape)
+            args = prediction, target, config.organs, spacing, config.nsd_tolerance, case.labelled
+            yield (hospital, case), args
 
     # Scored in the background; segmented on this thread, as cuDNN tunes its algorithms by thread.
     for (hospital, case), scores in in_background(score_case, segmented()):
@@ -277,14 +279,14 @@ def run_training(
     if not folder.is_trained():
         modalities = ARMS[training.arm].modalities
         held_out = hospitals.validation_cases(training.seed, everyone, modalities)
-        clients, watched = progress.watch_training(clients, held_out, config.rounds)
-        trained = train_arm(config, training, clients, watched, device, checkpoint)
-        for checkpoint in trained:
+        watched = progress.watch_clients(clients, config.rounds), progress.watch(held_out)
+        rounds = train_arm(config, training, *watched, device, checkpoint)
+        for checkpoint in rounds:
             folder.keep_round(checkpoint)
             progress.show_round(checkpoint.history[-1])
-        progress.show_choice(checkpoint.best)
+        progress.show_choice(checkpoint)
         folder.keep_model(checkpoint)
-    model = make_model(config, training.seed, device, checkpoint.best.weights)
+    model = make_model(config, training.seed, device, checkpoint.best_weights)
     cases = [(hospital, case) for hospital in everyone for case in hospital.test]
     cases_left = progress.watch(cases[folder.n_tested() :], "testing")
     for hospital, case, scores in run_test(config, model, cases_left):
@@ -294,25 +296,26 @@ def run_training(
 
 def run(config: Config) -> int:
     """Train and test what is planned and not finished yet, in config.out; 1 if something failed."""
-    trainings, failed = plan(config), []
-    run_folder = RunFolder(config, order=list(ARMS))
-    print(run_folder.describe(trainings))
-    todo = run_folder.unfinished(trainings)
+    run_folder, failed = RunFolder(config, plan(config), arms=list(ARMS)), []
+    print(run_folder.describe())
+    todo = run_folder.unfinished()
     if todo:
         device = choose_device()
         print(console.describe(config, device))
         needed = {modality for training in todo for modality in ARMS[training.arm].modalities}
         by_seed, notes = hospitals.load_hospitals(config, needed)
-        run_folder.open(hospitals.record(by_seed))
+        run_folder.open(by_seed)
         chosen = {t: choose_cases(config, t, by_seed[t.seed]) for t in todo}
-        shares = console.describe_hospitals(by_seed[config.seeds[0]], chosen)
-        print(*notes, shares, sep="\n", flush=True)
-        with Progress(run_folder.count_steps(chosen, by_seed), len(todo)) as progress:
-            for folder in run_folder.take(todo):
-                with progress.attempt(folder.name):
-                    run_training(folder, by_seed[folder.training.seed], device, progress)
+        print(*notes, console.describe_hospitals(by_seed, chosen), sep="\n", flush=True)
+        folders = {t: run_folder.folder(t) for t in todo}
+        steps = {f.name: count_steps(f, chosen[t], by_seed[t.seed]) for t, f in folders.items()}
+        with Progress(steps) as progress:
+            for training, folder in folders.items():
+                with progress.attempt(folder.name), run_folder.hold(folder) as held:
+                    if held:
+                        run_training(folder, by_seed[training.seed], device, progress)
         failed = progress.failed
-    print("", run_folder.report(trainings), *failed, sep="\n")
+    print("", run_folder.report(), *failed, sep="\n")
     return int(bool(failed))
 
 

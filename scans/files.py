@@ -1,198 +1,168 @@
-"""Files that are whole or absent, locks, and the error for what their owner can mend."""
+"""Files that are whole or absent, what a folder is claimed for, locks, and users' errors."""
 
 import contextlib
 import csv
-import errno
 import functools
 import hashlib
 import io
 import json
 import math
 import os
-import shutil
-import socket
 import sys
-import tempfile
+import unicodedata
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
+
+from scans.machine import is_out_of_memory
 
 try:
     import fcntl
 except ImportError:  # Windows: there is no lock
     fcntl = None  # type: ignore[assignment]
 
-TEMPORARY = ".fedgin-tmp"  # the program's own folder beside what it writes
+LISTED = 5  # names in a message, at most
 
 
 class DataError(ValueError):
-    """Something about a folder or a file that its owner can mend; the message says how."""
+    """A problem with a folder or file that the user can fix; the message says how."""
 
 
 @contextlib.contextmanager
-def blaming(path: Path, advice: str) -> Iterator[None]:
-    """Turn whatever a file of another form leads to into a DataError that names the file."""
+def reading(path: Path) -> Iterator[None]:
+    """Re-raise any error inside the block as a DataError that names the file."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        what = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
-        raise DataError(f"{path}: is not as this program left it ({what}); {advice}") from error
+    except Exception as error:
+        if isinstance(error, DataError) or is_out_of_memory(error):
+            raise
+        lines = str(error).strip().splitlines()
+        raise DataError(f"{path}: cannot be read ({lines[0] if lines else error!r})") from error
 
 
-# ------------------------------------------------------------------------------------------ folders
+def names_in(folder: Path) -> dict[str, Path]:
+    """{name: path} of what a folder holds, sorted, without hidden files; empty without a folder.
 
-
-def names_in(folder: Path) -> list[str]:
-    """What is in a folder, links to nowhere included, sorted; nothing in one that is not there.
-
-    Not by glob: versions of Python differ in which links it follows. Raises DataError for a folder
-    that cannot be read.
+    Names are in Unicode's composed form (NFC), so that names which look alike are alike.
     """
-    try:
-        names = os.listdir(folder)
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-            return []
-        raise DataError(f"{folder}: cannot be read ({error.strerror})") from error
-    return sorted(name for name in names if not name.startswith(".") and name != "__MACOSX")
+    names = sorted(os.listdir(folder)) if folder.is_dir() else []
+    shown = [name for name in names if not name.startswith(".") and name != "__MACOSX"]
+    return {unicodedata.normalize("NFC", name): folder / name for name in shown}
 
 
-# ------------------------------------------------------------------------------------------ writing
+def listed(names: Iterable[Any]) -> str:
+    """Names for a message, which counts those beyond the first few."""
+    texts = list(map(str, names))
+    more = f" and {len(texts) - LISTED} more" if len(texts) > LISTED else ""
+    return ", ".join(texts[:LISTED]) + more
 
 
-@contextlib.contextmanager
-def temporary_folder(beside: Path) -> Iterator[Path]:
-    """A new folder with a name that nobody else has, in a folder of the program's own."""
-    own, made = beside / TEMPORARY, None
-    while made is None:
-        if own.is_file():
-            raise DataError(f"{own}: is no folder of this program; move it away")
-        with contextlib.suppress(FileNotFoundError, FileExistsError):  # a thread just removed it
-            own.mkdir(parents=True, exist_ok=True)
-            made = Path(tempfile.mkdtemp(dir=own))
-    try:
-        yield made
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
-        with contextlib.suppress(OSError):  # others are at work there
-            own.rmdir()
+# ------------------------------------------------------------------------------ whole, and claimed
 
 
-@contextlib.contextmanager
-def writing(path: Path, root: Path | None = None) -> Iterator[BinaryIO]:
-    """A file to write `path` to, which is whole and on the disk at the end, or left as it was.
-
-    Until then it lies in `root`, the folder that the lock of its writer is in (default: its own).
-    """
-    with temporary_folder(root or path.parent) as folder:
-        with open(folder / "file", "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        (folder / "file").replace(path)
-
-
-def write(path: Path, content: bytes, root: Path | None = None) -> None:
-    """Write a file whole or not at all, on the disk when this returns; root: see writing."""
-    with writing(path, root) as file:
+def write(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, on the disk when this returns. A file has one writer."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")  # if a kill leaves it, the next write reuses it
+    with open(temporary, "wb") as file:
         file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
 
 
-def check_writable(folder: Path) -> None:
-    """Raise DataError for a folder that cannot be made or written to."""
-    parent = next(each for each in (folder, *folder.resolve().parents) if each.exists())
-    if not os.access(parent, os.W_OK):
-        raise DataError(f"{parent}: cannot be written; choose another --out")
+def sync_folder(folder: Path) -> None:
+    """Put a folder's entries on the disk: until then a new name in it may be lost."""
+    if fcntl is not None:  # Windows opens no folder
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
-# -------------------------------------------------------------------------------------------- locks
+def claim(path: Path, content: Mapping[str, Any]) -> None:
+    """Write what a folder is for, or compare it with what stands there; see check_same."""
+    if path.exists():
+        check_same(path, read_json(path), content)
+    else:
+        write(path, to_json(content))
+
+
+def check_same(path: Path, kept: Mapping[str, Any], content: Mapping[str, Any]) -> None:
+    """Raise DataError, with both values of what differs, unless a file holds this content."""
+    now = json.loads(to_json(content))
+    differ = [
+        f"{key} {_shown(kept.get(key))}, now {_shown(now.get(key))}"
+        for key in {**kept, **now}
+        if kept.get(key) != now.get(key)
+    ]
+    if differ:
+        more = f"; and {len(differ) - LISTED} more" if len(differ) > LISTED else ""
+        what = "; ".join(differ[:LISTED])
+        raise DataError(f"{path}: was made with {what}{more}. Give the same, or another --out")
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
+
+
+# ------------------------------------------------------------------------------------------- locks
 
 
 @contextlib.contextmanager
 def lock(path: Path, wait: bool = False) -> Iterator[bool]:
     """Hold a lock file, which the system frees if this process dies; yield whether it is held.
 
-    It is not where another process holds it, unless this one is to wait. What an earlier holder has
-    left half-written in the folder, which is made if need be, is removed.
+    It is not if another process holds it, unless this one is to wait.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+", encoding="utf-8") as file:
-        if not _try_lock(file, wait):
-            yield False
-            return
-        shutil.rmtree(path.parent / TEMPORARY, ignore_errors=True)
-        file.truncate(0)
-        file.write(f"{socket.gethostname()}, process {os.getpid()}")
-        file.flush()
+    with open(path, "a") as file:
+        held = True
         try:
-            yield True
-        finally:
-            file.truncate(0)
+            if fcntl is None:
+                raise OSError("Windows")
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            held = False
+        except OSError:
+            _warn_of_no_locks(path.parent)
+        yield held
 
 
-def _try_lock(file: Any, wait: bool) -> bool:
-    if fcntl is not None:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN):
-                return False
-    _warn_of_no_locks(str(Path(file.name).parent))
-    return True
-
-
-@functools.cache  # a folder is warned of once
-def _warn_of_no_locks(folder: str) -> None:
+@functools.cache  # once a folder
+def _warn_of_no_locks(folder: Path) -> None:
     print(f"{folder}: no locks here, so no other process may share this folder", file=sys.stderr)
 
 
-def holder(path: Path) -> str:
-    """Which other process holds a lock file; empty if none does."""
-    if not path.exists() or fcntl is None:
-        return ""
-    with open(path, encoding="utf-8") as file:
-        name = file.read()
-        if name:  # looking at a lock is holding it for a moment, so only where somebody has been
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except OSError as error:
-                return name if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN) else ""
-    return ""
-
-
-# ----------------------------------------------------------------------------------------- contents
+# ---------------------------------------------------------------------------------------- contents
 
 
 def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def checksum(path: Path) -> str:
-    return sha256(path.read_bytes())
-
-
-def to_json(content: Mapping) -> bytes:
+def to_json(content: Any) -> bytes:
     return json.dumps(content, indent=1).encode()
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises DataError for a file that is missing, or that is no JSON object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+    """Raises DataError for a file that is missing, or that is not a JSON object."""
+    with reading(path):
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
         if not isinstance(content, dict):
-            raise ValueError("no JSON object")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({error})") from error
-    return content
+            raise ValueError("expected a JSON object")
+        return content
 
 
-def write_pt(path: Path, content: Mapping[str, Any]) -> None:
-    with writing(path) as file:
-        torch.save(content, file)
+def to_pt(content: Mapping[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
 
 
 def read_pt(path: Path) -> dict[str, Any]:
@@ -200,51 +170,37 @@ def read_pt(path: Path) -> dict[str, Any]:
 
     Raises DataError for a file that is damaged, by a single bit even, or something else.
     """
-    try:
-        if not path.is_file():
-            raise ValueError("no file")
+    with reading(path):
         with zipfile.ZipFile(path) as archive:
-            # torch.load checks no checksum, and what an attribute calls a folder it takes as empty.
-            called_folders = [info.filename for info in archive.infolist() if info.external_attr]
-            damaged = archive.testzip() or "".join(called_folders)
-            if damaged:
-                raise ValueError(f"{damaged} in it is damaged")
+            # torch.load checks no checksum, and reads entries flagged as directories as empty.
+            flagged = [info.filename for info in archive.infolist() if info.external_attr]
+            damaged = archive.testzip() or "".join(flagged)
+        if damaged:
+            raise ValueError(f"{damaged} in it is damaged")
         content = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(content, dict):
-            raise ValueError("no dict")
-    except Exception as error:  # PyTorch and zipfile have many for a file that is not their own
-        what = str(error).strip().splitlines() or [type(error).__name__]
-        raise DataError(f"{path}: cannot be read ({what[0]})") from error
-    return content
+            raise ValueError("expected a dict")
+        return content
 
 
 def to_bytes(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")  # names of files may be no UTF-8
 
 
-def to_csv(rows: Iterable[Mapping[str, Any]], columns: Sequence[str] | None = None) -> bytes:
+def to_csv(rows: Iterable[Mapping[str, Any]], columns: Iterable[str] = ()) -> bytes:
     """Rows as CSV; columns: all that a row has, by default. None and NaN are empty cells."""
     rows, text = list(rows), io.StringIO()
-    columns = columns or list(dict.fromkeys(column for row in rows for column in row))
-    writer = csv.DictWriter(text, columns, restval="")
+    names = list(columns) or list(dict.fromkeys(column for row in rows for column in row))
+    writer = csv.DictWriter(text, names, restval="", extrasaction="ignore")
     writer.writeheader()
     for row in rows:
-        writer.writerow(
-            {k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
-        )
+        empty = {k: "" for k, v in row.items() if isinstance(v, float) and math.isnan(v)}
+        writer.writerow({**row, **empty})
     return to_bytes(text.getvalue())
 
 
-def write_rows(
-    path: Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[str] | None = None
-) -> None:
-    """Write rows as CSV; see to_csv."""
-    write(path, to_csv(rows, columns))
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a file of write_rows; raises DataError for one that is cut off."""
-    text = path.read_bytes().decode("utf-8", "surrogateescape")
-    if not text.endswith("\n"):
-        raise DataError(f"{path}: is cut off")
-    return list(csv.DictReader(io.StringIO(text, newline="")))
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a file of to_csv."""
+    with reading(path):
+        text = path.read_bytes().decode("utf-8", "surrogateescape")
+        return list(csv.DictReader(io.StringIO(text, newline="")))

@@ -4,33 +4,25 @@ TotalSegmentator (CT or MRI), AMOS22 and nnU-Net's raw layout are told apart by 
 folder. No scan is opened here.
 """
 
-import contextlib
+import csv
 import hashlib
-import json
-import os
+import io
 import re
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from scans import nnunet
-from scans.files import DataError, names_in
-from scans.nifti import Problem
-from scans.organs import AMOS, NO_STRUCTURES, ORGANS, check_apart, match, spelling
-from scans.splits import SPLITS, read_splits
+from scans.files import DataError, listed, names_in, reading
+from scans.organs import AMOS, ORGANS, check_apart, match
 
 MODALITIES = ("ct", "mri")
+SPLITS = ("train", "val", "test")
 TOTALSEGMENTATOR_CASE = re.compile(r"s\d{4}")
 KIDNEYS = {"kidney_left", "kidney_right"}
 AMOS_CASE = re.compile(r"amos_\d{4}\.nii\.gz")
-KNOWN_BAD = {
-    ("totalsegmentator", "s0864"): "is corrupt or has impossible values in some releases",
-    ("totalsegmentator", "s0001"): "is rotated against its labels in some releases",
-    ("totalsegmentator", "s0044"): "is rotated against its labels in some releases",
-    ("totalsegmentator", "s0067"): "is rotated against its labels in some releases",
-    ("amos", "amos_0540"): "has a scale factor that puts its values into the millions",
-}
-
+WITHOUT = "without the file, a split is made by seed"
 
 # organ → the files that hold it, each with the label values that mean it; no values: any > 0.5
 Masks = dict[str, list[tuple[Path, tuple[int, ...]]]]
@@ -39,7 +31,6 @@ Masks = dict[str, list[tuple[Path, tuple[int, ...]]]]
 class Case(NamedTuple):
     """One scan as it lies on disk."""
 
-    layout: str
     folder: str  # the hospital's folder; ids are unique within it only
     id: str
     modality: str  # "ct" or "mri"
@@ -47,13 +38,8 @@ class Case(NamedTuple):
     image: Path
     masks: Masks
     values: tuple[int, ...] = ()  # all values that the data set lists; empty for binary masks
-    problem: str = ""  # what keeps it from being used, by the names of its files alone
     structures: tuple[str, ...] = ()  # all that its folder labels, in the folder's own spelling
-    remarks: tuple[Problem, ...] = ()  # what there is to say of its folder
-
-    def files(self, organs: Sequence[str] = ORGANS) -> list[Path]:
-        """The scan, and the files of its labels."""
-        return [self.image, *self.label_files(organs)]
+    warnings: tuple[str, ...] = ()  # about its folder
 
     def label_files(self, organs: Sequence[str]) -> dict[Path, list]:
         """Each label file with the (label, values) to look for in it, so that it is read once."""
@@ -73,9 +59,9 @@ def find_cases(
     """List the labelled cases of a folder, sorted by id, with the masks of these organs.
 
     The layout is seen from what is in the folder unless given. modality "ct" or "mri" keeps those
-    cases only, and says what a data set is that does not say so itself. A case that something is
-    missing of is listed too: reading it says what. Raises DataError if the folder is missing, looks
-    like two layouts, or holds no such case.
+    cases only, and says what a data set is that does not say so itself. A case of which a file is
+    missing is listed too: reading it names the file. Raises DataError if the folder is missing,
+    looks like two layouts, or holds no such case.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -89,37 +75,24 @@ def find_cases(
         raise DataError(
             f"{root}: no {layout or 'labelled'} case found; expected sNNNN/ct.nii.gz or "
             "sNNNN/mri.nii.gz (TotalSegmentator), imagesTr/amos_NNNN.nii.gz (AMOS22), or "
-            f"dataset.json with imagesTr/ and labelsTr/ (nnU-Net raw){_look_closer(root)}"
+            "dataset.json with imagesTr/ and labelsTr/ (nnU-Net raw); DICOM must be converted first"
         )
     [cases] = found.values()
     kept = [case for case in cases if modality in (None, case.modality)]
     if not kept:
         raise DataError(f"{root}: holds {cases[0].modality.upper()} scans only, no {modality}")
+    for (id_, _), n in Counter((case.id, case.modality) for case in kept).items():
+        if n > 1:
+            raise DataError(f"{root}: two cases have the id {id_}; rename or remove one of them")
     return kept
 
 
-def _look_closer(root: Path) -> str:
-    """What may explain that a folder holds no case."""
-    seen = 0
-    for folder, _, names in os.walk(root):
-        for name in names:
-            if name.lower().endswith((".dcm", ".ima")) or name == "DICOMDIR":
-                return "; it holds DICOM: convert it to NIfTI first, with dcm2niix for instance"
-            if re.search(r"(?i:\.nii(\.gz)?)$", name) and not name.endswith((".nii", ".nii.gz")):
-                return f"; {Path(folder, name)}: names end in .nii.gz, in small letters"
-        seen += len(names)
-        if seen > 10_000:
-            break
-    return ""
+# -------------------------------------------------------------------------------- TotalSegmentator
 
 
 def _find_totalsegmentator(root: Path, organs: Sequence[str], modality: str | None) -> list[Case]:
     scans = _totalsegmentator_scans(root)
-    splits = dict.fromkeys((id_ for id_, _ in scans), "")
-    remarks: list[Problem] = []
-    for name in names_in(root):
-        if scans and name.lower() == "meta.csv":
-            splits, remarks = read_splits(root / name, splits)
+    splits = read_splits(root, [id_ for id_, _ in scans]) if scans else {}
     labelled = set()
     for id_, _ in scans:
         names = names_in(root / id_ / "segmentations")
@@ -127,90 +100,130 @@ def _find_totalsegmentator(root: Path, organs: Sequence[str], modality: str | No
     if labelled & KIDNEYS:
         labelled |= KIDNEYS
     found = match(organs, sorted(labelled))
-    remarks += check_apart(root, dict.fromkeys(labelled, ()), found)
+    check_apart(root, dict.fromkeys(labelled, ()), found)
     cases = []
     for id_, kind in scans:
         image, folder = root / id_ / f"{kind}.nii.gz", root / id_ / "segmentations"
         masks: Masks = {o: [(folder / f"{name}.nii.gz", ()) for name in found[o]] for o in found}
-        case = Case("totalsegmentator", str(root), id_, kind, splits[id_], image, masks)
-        cases.append(case._replace(structures=tuple(sorted(labelled)), remarks=tuple(remarks)))
+        case = Case(str(root), id_, kind, splits.get(id_, ""), image, masks)
+        cases.append(case._replace(structures=tuple(sorted(labelled))))
     return cases
 
 
 def _totalsegmentator_scans(root: Path) -> list[tuple[str, str]]:
     """(id, modality) of each scan that is in a folder, or should be by what else is there."""
-    content = {}
-    for id_ in names_in(root):
+    scans, without = [], []
+    for id_, folder in names_in(root).items():
+        looks_like_one = TOTALSEGMENTATOR_CASE.fullmatch(id_)
         try:
-            content[id_] = names_in(root / id_)
-        except DataError:
-            if TOTALSEGMENTATOR_CASE.fullmatch(id_):  # else it is somebody else's
+            names = names_in(folder)
+        except PermissionError:
+            if looks_like_one:
                 raise
-    found = {id_: [m for m in MODALITIES if f"{m}.nii.gz" in content[id_]] for id_ in content}
-    scans = [(id_, kind) for id_, kinds in found.items() for kind in kinds]
-    for id_, names in content.items() if scans else ():
-        looks_like_one = "segmentations" in names or TOTALSEGMENTATOR_CASE.fullmatch(id_)
-        if looks_like_one and not found[id_]:
-            scans.append((id_, scans[0][1]))
-    return sorted(scans)
+            continue  # somebody else's
+        found = [kind for kind in MODALITIES if f"{kind}.nii.gz" in names]
+        scans += [(id_, kind) for kind in found]
+        if not found and ("segmentations" in names or looks_like_one):
+            without.append(id_)
+    return sorted(scans + [(id_, scans[0][1]) for id_ in without if scans])
+
+
+def read_splits(root: Path, ids: Sequence[str]) -> dict[str, str]:
+    """{id: split} by the table meta.csv beside the scans; empty without one.
+
+    Raises DataError where the split of a case cannot be told, because a case that is meant for the
+    test would be trained on.
+    """
+    files = [path for name, path in names_in(root).items() if name.lower() == "meta.csv"]
+    if not files:
+        return {}
+    [file] = files
+    rows = _read_rows(file)
+    if not any(split for _, split in rows):
+        return {}
+    n_rows, n_scans = Counter(name for name, _ in rows), Counter(map(_spelling, ids))
+    problems = {
+        "names more than once": [
+            i for i in ids if max(n_rows[_spelling(i)], n_scans[_spelling(i)]) > 1
+        ],
+        "gives no split (train, val or test) to": [
+            i for i in ids if dict(rows).get(_spelling(i)) not in SPLITS
+        ],
+    }
+    for what, wrong in problems.items():
+        if wrong:
+            raise DataError(f"{file}: {what} {listed(wrong)}; give each scan one row; {WITHOUT}")
+    return {id_: dict(rows)[_spelling(id_)] for id_ in ids}
+
+
+def _read_rows(file: Path) -> list[tuple[str, str]]:
+    """The id, in one spelling, and the split of each row."""
+    with reading(file):
+        content = file.read_bytes()
+        try:
+            text = content.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            text = content.decode("latin-1")
+        delimiter = max(";,\t", key=text.partition("\n")[0].count)
+        # strict: a quotation mark without its partner would swallow rows
+        rows = list(csv.reader(io.StringIO(text), delimiter=delimiter, strict=True))
+        columns = [name.strip().lower() for name in rows[0]]
+        id_, split = columns.index("image_id"), columns.index("split")
+        filled = [row for row in rows[1:] if any(cell.strip() for cell in row)]
+        return [(_spelling(row[id_]), row[split].strip().lower()) for row in filled]
+
+
+def _spelling(id_: str) -> str:
+    """The form that all spellings of an id share: "s1003" for 1003, S1003 and s1003.nii.gz."""
+    name = id_.strip().lower().removesuffix(".gz").removesuffix(".nii")
+    number = re.fullmatch(r"s?0*(\d+)", name)
+    return f"s{number[1]}" if number else name
+
+
+# ------------------------------------------------------------------------ AMOS22, and nnU-Net raw
 
 
 def _find_amos(root: Path, organs: Sequence[str], modality: str | None) -> list[Case]:
-    cases = []
+    cases: list[Case] = []
+    if not any(_amos_names(root, part) for part in ("imagesTr", "imagesVa")):
+        return cases
     for part, split in (("Tr", "train"), ("Va", "val")):
         images, labels = root / f"images{part}", root / f"labels{part}"
-        for name in sorted({*_amos_cases(images), *_amos_cases(labels)}):
+        for name in sorted({*_amos_names(root, images.name), *_amos_names(root, labels.name)}):
             id_ = name.removesuffix(".nii.gz")
             kind = "mri" if int(id_[-4:]) > 500 else "ct"
             # Nobody has drawn bladder and prostate in MRI.
             numbers = {o: n for n, o in AMOS.items() if kind == "ct" or n < 14}
             found = match(organs, numbers)
             masks = {o: [(labels / name, tuple(numbers[n] for n in found[o]))] for o in found}
-            case = Case("amos", str(root), id_, kind, split, images / name, masks, (0, *AMOS))
-            cases.append(case._replace(structures=tuple(numbers)))
-    if not any(_amos_cases(root / f"images{part}") for part in ("Tr", "Va")):
-        return []
-    count = _too_few(root / "dataset.json", cases, _count_amos)
-    return [case._replace(remarks=tuple(count)) for case in cases]
+            values, image = (0, *AMOS), images / name
+            cases.append(Case(str(root), id_, kind, split, image, masks, values, tuple(numbers)))
+    return sorted(cases, key=lambda case: case.id)
 
 
-def _count_amos(dataset: dict) -> int:
-    return len(dataset["training"]) + len(dataset["validation"])
-
-
-def _amos_cases(folder: Path) -> list[str]:
-    return [name for name in names_in(folder) if AMOS_CASE.fullmatch(name)]
+def _amos_names(root: Path, folder: str) -> Iterable[str]:
+    return [name for name in names_in(root / folder) if AMOS_CASE.fullmatch(name)]
 
 
 def _find_nnunet(root: Path, organs: Sequence[str], modality: str | None) -> list[Case]:
-    # AMOS22's dataset.json has another form.
-    is_amos = any(_amos_cases(root / f"images{part}") for part in ("Tr", "Va", "Ts"))
-    if is_amos or "dataset.json" not in names_in(root):
-        return []
     file = root / "dataset.json"
+    is_amos = any(_amos_names(root, f"images{part}") for part in ("Tr", "Va", "Ts"))
+    if is_amos or not file.exists():  # AMOS22's dataset.json has another form
+        return []
     channels, labels, ending = nnunet.read_dataset_json(file, organs)
     kind = nnunet.modality_of(file, channels, modality)
-    structures = {n: v for n, v in labels.items() if spelling(n) not in NO_STRUCTURES}
+    structures = {name: v for name, v in labels.items() if nnunet.is_structure(name)}
     found = match(organs, structures)
+    check_apart(file, structures, found)
     values_of = {o: tuple(v for name in found[o] for v in structures[name]) for o in found}
     known = tuple(value for values in labels.values() for value in values)
+    warnings = [f"{file}: {warning}" for warning in nnunet.warn_of_parts(structures, found)]
     cases = []
-    for id_, (image, problem) in sorted(nnunet.find_images(root, ending).items()):
-        label_file = root / "labelsTr" / f"{id_}{ending}"
-        masks = {organ: [(label_file, values)] for organ, values in values_of.items()}
-        cases.append(Case("nnunet", str(root), id_, kind, "", image, masks, known, problem))
-    remarks = check_apart(file, structures, found)
-    remarks += _too_few(file, cases, lambda dataset: dataset["numTraining"])
-    return [c._replace(structures=tuple(structures), remarks=tuple(remarks)) for c in cases]
-
-
-def _too_few(file: Path, cases: Sequence[Case], count: Callable[[dict], int]) -> list[Problem]:
-    """What to say if a dataset.json speaks of more cases than there are."""
-    missing = 0
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        missing = count(json.loads(file.read_text(encoding="utf-8-sig"))) - len(cases)
-    what = f"speaks of {missing} more cases than are in the folder"
-    return [Problem(file, what, "those that are there are used", True)] if missing > 0 else []
+    for id_, (image, label_file) in nnunet.find_files(root, ending).items():
+        masks: Masks = {organ: [(label_file, values)] for organ, values in values_of.items()}
+        case = Case(str(root), id_, kind, "", image, masks, known, tuple(structures))
+        cases.append(case._replace(warnings=tuple(warnings)))
+    return cases
 
 
 LAYOUTS = {
@@ -218,6 +231,9 @@ LAYOUTS = {
     "amos": _find_amos,
     "nnunet": _find_nnunet,
 }
+
+
+# ------------------------------------------------------------------------------------------ splits
 
 
 def split_cases(

@@ -4,8 +4,7 @@ import contextlib
 import math
 import os
 import re
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ WANTING = re.compile(  # what a RuntimeError says
     # cuDNN's search for a plan passes over those that find no memory, until none is left.
     r"|(FIND|GET) was unable to find an engine"
 )
+LARGE_SCAN = 4e9  # bytes that preprocessing 512 × 512 × 600 voxels takes, 24 a voxel
 
 
 def free_memory(root: Path = Path("/")) -> float:
@@ -44,55 +44,40 @@ def free_memory(root: Path = Path("/")) -> float:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory was wanting, be it a GPU's, for which PyTorch has more than one exception."""
+    """True if the error means out of memory; for a GPU's, PyTorch has more than one exception."""
     if isinstance(error, RuntimeError):
         return WANTING.search(str(error)) is not None
     return isinstance(error, MemoryError)
 
 
-def in_parallel(function: Callable, jobs: Sequence, what: str, peak: int = 0) -> Iterator[Any]:
-    """function(job) of every job, in order, behind a progress bar; a thread a core works on them.
+def in_parallel(function: Callable, jobs: Sequence, label: str) -> Generator[Any, None, None]:
+    """function(job) of every job, in order, behind a progress bar; one thread per core.
 
-    peak: bytes that a job takes, so that no more run at once than memory holds. Threads suffice:
-    decompressing, NumPy and PyTorch let go of Python's lock while they compute.
+    There are fewer threads where memory does not hold as many large scans. Threads suffice because
+    decompression, NumPy and PyTorch release Python's lock while they compute.
     """
-    if hasattr(os, "process_cpu_count"):  # Python 3.13
-        cores = os.process_cpu_count()
-    else:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    fitting = free_memory() / max(peak, 1)  # infinite where the memory is not known
-    pool = ThreadPoolExecutor(max(1, int(min(cores or 1, fitting))))
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    threads = max(1, int(min(cores, free_memory() / LARGE_SCAN)))
+    pool = ThreadPoolExecutor(threads)
     try:
         results = pool.map(function, jobs)
         # disable=None: no bar in a pipe or a log file
-        yield from tqdm(results, what, len(jobs), unit="scan", leave=False, disable=None)
+        yield from tqdm(results, label, len(jobs), unit="scan", leave=False, disable=None)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def in_background(
-    function: Callable, jobs: Iterable[tuple[Any, tuple]], threads: int = 2
+    function: Callable, jobs: Iterable[tuple[Any, tuple]]
 ) -> Iterator[tuple[Any, Any]]:
-    """(name, function(*args)) of every (name, args), in order, while this thread makes the next.
-
-    At most `threads` more are begun than are asked for. What making one raises comes in its turn.
-    """
-
-    def begun() -> Iterator[tuple[Any, Future]]:
-        try:
-            for name, args in jobs:
-                yield name, pool.submit(function, *args)
-        except Exception as error:
-            failed: Future = Future()
-            failed.set_exception(error)
-            yield None, failed
-
-    with ThreadPoolExecutor(threads) as pool:
-        waiting = deque[tuple[Any, Future]]()
-        for each in begun():
-            waiting.append(each)
-            if len(waiting) > threads:
-                name, result = waiting.popleft()
-                yield name, result.result()
-        for name, result in waiting:
-            yield name, result.result()
+    """(name, function(*args)) of every (name, args), in order, while this thread makes the next."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting: tuple[Any, Future] | None = None
+        for name, args in jobs:
+            following = name, pool.submit(function, *args)
+            if waiting:
+                yield waiting[0], waiting[1].result()
+            waiting = following
+        if waiting:
+            yield waiting[0], waiting[1].result()

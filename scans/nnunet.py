@@ -1,16 +1,14 @@
-"""nnU-Net's raw layout: what its dataset.json says, and which images there are."""
+"""nnU-Net's raw layout: what its dataset.json says, and which cases there are."""
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from scans.files import DataError, names_in
-from scans.organs import match, spelling
+from scans.files import DataError, names_in, read_json, reading
+from scans.organs import NO_STRUCTURES, match, spelling
 
-IMAGES = r"\.nii|\.nii\.gz|\.mha|\.nrrd|\.tiff?|\.png"  # how names of images end
 CHANNELS = {  # how the words of nnU-Net's channel names begin, by modality
     "ct": ("ct",),
     "mri": (
@@ -19,30 +17,21 @@ CHANNELS = {  # how the words of nnU-Net's channel names begin, by modality
     ),
     "neither": ("pet", "suv", "spect", "ultraso", "xray"),
 }
+PARTS = ("tumor", "tumour", "lesion", "cyst", "cancer")  # in names of what lies within an organ
 
 
 def read_dataset_json(
     file: Path, organs: Sequence[str]
 ) -> tuple[list[str], dict[str, tuple[int, ...]], str]:
     """The names of the channels, the values of each label, and the ending of files."""
-    try:
-        dataset = json.loads(file.read_text(encoding="utf-8-sig"))
+    dataset = read_json(file)
+    with reading(file):
         channels = [str(name) for name in dataset["channel_names"].values()]
-        labels = {
-            name: tuple(int(v) for v in np.atleast_1d(value))
-            for name, value in dataset["labels"].items()
-        }
-        for name in (name for names in match(organs, labels).values() for name in names):
-            if min(labels[name]) < 1 or max(labels[name]) > 65535:
-                raise ValueError(f"label {name} is {labels[name]}, expected 1 to 65535")
+        labels = {n: tuple(map(int, np.atleast_1d(v))) for n, v in dataset["labels"].items()}
         ending = str(dataset["file_ending"])
-        if not ending.startswith("."):
-            raise ValueError(f"file_ending {ending!r} has no dot")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise DataError(
-            f"{file}: expected nnU-Net's channel_names, labels and file_ending "
-            f"({type(error).__name__}: {error})"
-        ) from error
+        for name in (name for names in match(organs, labels).values() for name in names):
+            if min(labels[name]) < 1:
+                raise ValueError(f"label {name} is {min(labels[name])}; expected 1 or more")
     if "ignore" in map(spelling, labels):
         raise DataError(
             f"{file}: has a label 'ignore', whose voxels would be trained and scored on as "
@@ -52,11 +41,9 @@ def read_dataset_json(
 
 
 def modality_of(file: Path, channels: Sequence[str], modality: str | None) -> str:
-    """What the channel is by its name, else what it is said to be."""
+    """The modality that the channel's name says, else the one given."""
     if len(channels) != 1:
-        raise DataError(
-            f"{file}: has {len(channels)} channels; expected one, CT or an MRI sequence"
-        )
+        raise DataError(f"{file}: has {len(channels)} channels; expected one, CT or MRI")
     words = re.findall("[a-z]+[0-9]*", channels[0].lower())
     found = {m for m, starts in CHANNELS.items() for w in words if w.startswith(starts)}
     if not found and modality:
@@ -69,18 +56,33 @@ def modality_of(file: Path, channels: Sequence[str], modality: str | None) -> st
     return found.pop()
 
 
-def find_images(root: Path, ending: str) -> dict[str, tuple[Path, str]]:
-    """{id: its image, and what is wrong with the name} of all that images or labels speak of."""
-    folder, names = root / "imagesTr", names_in(root / "imagesTr")
+def find_files(root: Path, ending: str) -> dict[str, tuple[Path, Path]]:
+    """{id: (its image, its labels)} of each case of which one of the two is there."""
+    images, labels = names_in(root / "imagesTr"), names_in(root / "labelsTr")
+    ids = {name.removesuffix(ending) for name in labels if name.endswith(ending)}
     right = f"_0000{ending}"
-    found = {
-        name.removesuffix(right): (folder / name, "") for name in names if name.endswith(right)
-    }
-    labels = [n.removesuffix(ending) for n in names_in(root / "labelsTr") if n.endswith(ending)]
-    for name in names:
-        stem = re.fullmatch(rf"(.+?)({re.escape(ending)}|{IMAGES})", name, re.IGNORECASE)
-        if stem and not name.endswith(right):
-            id_ = stem[1] if stem[1] in labels else re.sub(r"_\d{4}$", "", stem[1])
-            problem = f"nnU-Net's name for it would be {id_}{right}; rename it"
-            found.setdefault(id_, (folder / name, problem))
-    return {id_: (folder / f"{id_}{right}", "") for id_ in labels} | found
+    ids |= {name.removesuffix(right) for name in images if name.endswith(right)}
+    cases = {}
+    for id_ in sorted(ids):
+        image, label = f"{id_}{right}", f"{id_}{ending}"
+        image_file = images.get(image, root / "imagesTr" / image)
+        cases[id_] = image_file, labels.get(label, root / "labelsTr" / label)
+    return cases
+
+
+def warn_of_parts(structures: dict[str, tuple[int, ...]], found: dict[str, list[str]]) -> list[str]:
+    """A warning where a part of an organ, a tumour for instance, has a label of its own."""
+    used = {value for names in found.values() for name in names for value in structures[name]}
+    parts = [
+        name
+        for name, values in structures.items()
+        if any(part in name.casefold() for part in PARTS) and not used.issuperset(values)
+    ]
+    if not (parts and found):
+        return []
+    what = f"labels {', '.join(parts)} apart from the organs, where such voxels count as background"
+    return [f"{what}; {{'liver': [1, 2]}} makes label 2 part of the liver"]
+
+
+def is_structure(name: str) -> bool:
+    return spelling(name) not in NO_STRUCTURES

@@ -6,84 +6,94 @@ Exit code 1 if a case cannot be used.
 """
 
 import argparse
-import json
-import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 
-from scans.cases import peak_bytes, read_case, split_duplicates
+from scans.cases import read_case
 from scans.files import DataError
-from scans.layouts import KNOWN_BAD, LAYOUTS, MODALITIES, Case, find_cases
+from scans.layouts import LAYOUTS, MODALITIES, Case, find_cases
 from scans.machine import in_parallel
-from scans.nifti import Problem
-from scans.organs import ORGANS
+from scans.organs import ORGANS, match
 from study.console import run_command, use_any_characters
 
 
-def inspect(case: Case) -> dict:
-    """What there is to say of a case: its problems, spacing and size, and voxels by organ."""
-    organs = [organ for organ in ORGANS if organ in case.masks]
-    scan, labels, problems = read_case(case, organs)
-    if (case.layout, case.id) in KNOWN_BAD:
-        what = f"{case.id} {KNOWN_BAD[case.layout, case.id]}"
-        problems.append(Problem(case.image, what, "it is used if nothing else is wrong", True))
-    if labels is None:
-        labels = np.empty(0, dtype=np.uint8)
-    elif not labels.any():
-        problems.append(Problem(case.image, "has no organ at all", "it is all background", True))
-    counts = np.bincount(labels.ravel(), minlength=len(organs) + 1)
+def inspect(case: Case, organs: Sequence[str]) -> dict:
+    """What there is to say of a case: what is wrong, its spacing and size, voxels by organ."""
+    labelled = [organ for organ in organs if organ in case.masks]
+    scan, labels, errors, warnings = read_case(case, labelled)
+    if not (errors or labels.any()):
+        warnings.append(f"has none of {', '.join(labelled)}; it is all background")
+    counts = np.bincount(labels.ravel(), minlength=len(labelled) + 1)
     return {
-        "id": case.id,
         "modality": case.modality,
-        "usable": all(problem.usable for problem in problems),
-        "spacing": list(scan.spacing) if scan else None,
-        "size": list(scan.voxels.shape) if scan else None,
-        "voxels": {organ: int(n) for organ, n in zip(organs, counts[1:], strict=True)},
-        "problems": [problem._asdict() for problem in problems],
+        "errors": errors,
+        "warnings": [f"{case.image}: {warning}" for warning in warnings],
+        "spacing": scan.spacing if scan else (),
+        "size": scan.voxels.shape if scan else (),
+        "voxels": dict(zip(labelled, counts[1:].tolist(), strict=True)),
     }
 
 
-def check_folder(folder: str, layout: str | None = None, modality: str | None = None) -> dict:
-    """Read every case of a folder: {"cases": what each holds, "problems": all there are}."""
+def check_folder(
+    folder: str, layout: str | None, modality: str | None, organs: Sequence[str]
+) -> tuple[bool, list[str]]:
+    """Read every case of a folder; whether all can be used, and the lines to print."""
     try:
-        cases = find_cases(folder, modality, layout)
+        cases = find_cases(folder, modality, layout, organs)
+        structures = cases[0].structures
+        if not match(organs, structures):
+            what = f"labels none of {', '.join(organs)}; it labels {', '.join(structures)}"
+            raise DataError(f"{folder}: {what}")
     except DataError as error:
-        what = str(error).removeprefix(f"{Path(folder)}: ")
-        problem = Problem(Path(folder), what, "nothing of it can be used")
-        return {"cases": [], "problems": [problem._asdict()]}
-    reports = list(in_parallel(inspect, cases, folder, peak_bytes(cases, spacing=math.inf)))
-    problems = [p._asdict() for p in (*cases[0].remarks, *split_duplicates(cases)[1])]
-    problems += [problem for report in reports for problem in report.pop("problems")]
-    return {"cases": reports, "problems": problems}
+        return False, [f"  {error}"]
+    reports = list(in_parallel(lambda case: inspect(case, organs), cases, folder))
+    errors = [error for report in reports for error in report["errors"]]
+    warnings = [warning for report in reports for warning in report["warnings"]]
+    warnings += dict.fromkeys(warning for case in cases for warning in case.warnings)
+    lines = [f"  {error}; the case cannot be used" for error in errors]
+    lines += [f"  {warning}" for warning in warnings]
+    return not errors, lines + summarize(reports, organs)
 
 
-def summarize(reports: Sequence[dict]) -> list[str]:
+def summarize(reports: Sequence[dict], organs: Sequence[str]) -> list[str]:
     """Lines that sum up the usable cases of a folder, by modality."""
 
     def span(values: Sequence[float]) -> str:
-        low, high = min(values), max(values)
-        return f"{low:.6g}" if low == high else f"{low:.6g}…{high:.6g}"
+        low, high = f"{min(values):.6g}", f"{max(values):.6g}"
+        return low if low == high else f"{low}…{high}"
 
     lines = []
     for modality in sorted({report["modality"] for report in reports}):
-        cases = [r for r in reports if r["modality"] == modality and r["usable"]]
-        total = sum(r["modality"] == modality for r in reports)
-        lines.append(f"  {modality.upper()}: {len(cases)} of {total} cases usable")
+        every = [r for r in reports if r["modality"] == modality]
+        cases = [r for r in every if not r["errors"]]
+        lines.append(f"  {modality.upper()}: {len(cases)} of {len(every)} cases usable")
         if not cases:
             continue
         for key, unit in (("spacing", "mm"), ("size", "voxels")):
             axes = zip(*(r[key] for r in cases), strict=True)
             lines.append(f"    {key:12} {' × '.join(map(span, axes))} {unit}")
-        for organ in ORGANS:
+        for organ in organs:
             voxels = [r["voxels"][organ] for r in cases if organ in r["voxels"]]
             found = [n for n in voxels if n]
             text = f"{len(found)} of {len(voxels)} cases" if voxels else "not labelled"
             lines.append(f"    {organ:12} {text}{f', {span(found)} voxels' if found else ''}")
     return lines
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read all folders and print what there is to say; 1 if a case cannot be used."""
+    usable = True
+    for folder in args.folders:
+        well, lines = check_folder(folder, args.layout, args.modality, args.organs or ORGANS)
+        usable &= well
+        try:
+            print(folder, *lines, sep="\n", flush=True)
+        except BrokenPipeError:  # `| head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return int(not usable)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,33 +105,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("folders", nargs="+", metavar="DIR", help="a hospital's folder")
-    parser.add_argument("--layout", choices=LAYOUTS, help="where a folder looks like two")
-    parser.add_argument("--modality", choices=MODALITIES, help="where names do not tell it")
-    parser.add_argument("--json", action="store_true", help="for scripts: all of it as JSON")
+    add = parser.add_argument
+    add("folders", nargs="+", metavar="DIR", help="a hospital's folder")
+    text = f"to look at (default: {' '.join(ORGANS)})"
+    add("--organs", nargs="+", action="extend", metavar="ORGAN", help=text)
+    add("--layout", choices=LAYOUTS, help="where a folder looks like two")
+    add("--modality", choices=MODALITIES, help="where names do not tell it")
     args = parser.parse_args(argv)
     return run_command("check", lambda: run(args))
-
-
-def run(args: argparse.Namespace) -> int:
-    """Read all folders and print what there is to say; 1 if a case cannot be used."""
-    found = {folder: check_folder(folder, args.layout, args.modality) for folder in args.folders}
-    try:
-        print(
-            json.dumps(found, indent=1, default=str) if args.json else describe(found), flush=True
-        )
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return int(not all(p["usable"] for content in found.values() for p in content["problems"]))
-
-
-def describe(found: Mapping[str, dict]) -> str:
-    """Each folder's problems, and lines that sum up its cases."""
-    lines = []
-    for folder, content in found.items():
-        problems = [f"  {Problem(**problem)}" for problem in content["problems"]]
-        lines += [folder, *problems, *(summarize(content["cases"]) or ["  no case"])]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ Each names its own folder only; docs/several-machines.md says what leaves it. Th
 and of the test are fedgin.py's; here are the rounds whose average goes over ranks (peers.py).
 """
 
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -25,20 +24,20 @@ from torch.distributed.elastic.multiprocessing.errors import record as record_bu
 
 import fedgin
 from federated import Client, Weights, noting, train_client, train_locally
+from scans import files
 from scans.cases import PreparedCase
 from scans.files import DataError
 from scans.organs import check_organs
 from scripts.peers import Peers, join, pack, unpack
 from study import console, hospitals
-from study.config import Best, Checkpoint, Config, Round, Training, make_parser, to_config
-from study.console import Progress
+from study.config import Checkpoint, Config, Round, Training, make_parser, to_config
+from study.console import Progress, count_steps
 from study.hospitals import Hospital
 from study.inference import choose_device, mixed_precision
-from study.results import RunFolder
-from study.trainings import TrainingFolder
+from study.results import RunFolder, TrainingFolder, environment
 
 USAGE = "torchrun --nnodes 2 --node-rank N … -m scripts.multisite (--mri | --ct) DIR [options]"
-OWN = ("ct", "mri", "test", "layout", "skip_bad", "out", "cache", "no_cache")  # one rank's alone
+OWN = ("ct", "mri", "test", "layout", "skip_bad", "out", "cache")  # one rank's alone
 PLAIN_NAME = r"[^./\\\0-\x1f][^/\\\0-\x1f]{0,99}"  # also a file's, and not a hidden one's
 SEVERAL = ("scenario", "arms", "ratios", "mri_cases", "seeds", "sites", "gin_probability")
 
@@ -49,24 +48,30 @@ def run(config: Config, name: str, timeout: float) -> None:
     print(console.describe(config, device))
     [training] = fedgin.plan(config)
     with join(name, timeout) as peers:
-        run_folder = RunFolder(config, order=list(fedgin.ARMS))
-        check_alike(config, name, peers)
-        by_seed, notes = hospitals.load_hospitals(config, alone=False)
+        run_folder = RunFolder(config, [training], arms=list(fedgin.ARMS))
+        check_alike(config, name, device, peers)
+        by_seed, notes = hospitals.load_hospitals(config, all_sites_local=False)
         own, *tested = by_seed[training.seed]
         everyone = [own._replace(name=name), *tested]
         chosen = {training: fedgin.choose_cases(config, training, everyone)}
-        print(*notes, console.describe_hospitals(everyone, chosen), sep="\n", flush=True)
+        shares = console.describe_hospitals({training.seed: everyone}, chosen)
+        print(*notes, shares, sep="\n", flush=True)
         n_cases = check_cases(config, everyone, peers)
-        run_folder.open(hospitals.record({training.seed: everyone}))
-        with hold(run_folder, training, n_cases, device) as folder:
+        run_folder.open({training.seed: everyone})
+        files.claim(run_folder.out / "hospitals.json", n_cases)
+        folder = run_folder.folder(training)
+        with run_folder.hold(folder) as held:
+            if not (held or folder.is_finished()):
+                raise DataError(f"{folder.path}: another process is at work on it")
+            folder.begin(n_cases, device)
             if not all(peers.exchange("finished", folder.is_finished())):
                 peers.connect()
-                steps = run_folder.count_steps(chosen, {training.seed: everyone})
-                with Progress(steps) as progress:
+                steps = count_steps(folder, chosen[training], everyone)
+                with Progress({folder.name: steps}) as progress:
                     progress.name = f"{name}: {training.label}"
                     run_training(folder, everyone, device, progress, peers)
             peers.exchange("kept", None)
-            print("", run_folder.report([training]), sep="\n")
+        print("", run_folder.report(), sep="\n")
 
 
 def run_training(
@@ -88,22 +93,22 @@ def run_training(
     modalities = fedgin.ARMS[training.arm].modalities
     held_out = hospitals.validation_cases(training.seed, everyone, modalities)
     clients = fedgin.make_clients(config, training, everyone, device)
-    clients, watched = progress.watch_training(clients, held_out, config.rounds)
+    clients, watched = progress.watch_clients(clients, config.rounds), progress.watch(held_out)
     for checkpoint in train(config, training, clients, watched, device, start, peers):
         folder.keep_round(checkpoint)
         progress.show_round(checkpoint.history[-1])
     if not (finished or folder.is_trained()):
         folder.keep_model(checkpoint)
-    model = fedgin.make_model(config, training.seed, device, checkpoint.best.weights)
+    model = fedgin.make_model(config, training.seed, device, checkpoint.best_weights)
     cases = [(hospital, case) for hospital in everyone for case in hospital.test]
     cases_left = progress.watch(cases[folder.n_tested() :], "testing")
     for hospital, case, scores in fedgin.run_test(config, model, cases_left):
         folder.keep_scores(hospital, case, scores)
-    ids = {(hospital.name, case.volume.id) for hospital, case in cases}
+    ids = {(hospital.name, case.id) for hospital, case in cases}
     own = [score for score in folder.scores() if (score["hospital"], score["case"]) in ids]
-    everybodys = share_scores(own, len(config.organs), peers)
+    all_scores = share_scores(own, len(config.organs), peers)
     if not finished:
-        folder.finish(checkpoint, everybodys)
+        folder.finish(checkpoint, all_scores)
 
 
 def train(
@@ -137,37 +142,21 @@ def train(
         yield checkpoint
 
 
-@contextlib.contextmanager
-def hold(
-    run_folder: RunFolder, training: Training, n_cases: Mapping[str, int], device: torch.device
-) -> Iterator[TrainingFolder]:
-    """Hold and begin a training that is unfinished; DataError where that must not be."""
-    folder = run_folder.folder(training)
-    kept = folder.about["cases"] if folder.is_begun() else n_cases
-    if kept != n_cases:
-        what = f"trains at hospitals with {kept} cases, now {n_cases}; choose another --out"
-        raise DataError(f"{folder.path}: {what}")
-    for held in run_folder.take([training]):
-        held.begin(n_cases, device)
-        yield held
-        return
-    if not folder.is_finished():
-        raise DataError(f"{folder.path}: another process is at work on it")
-    yield folder
-
-
-def check_alike(config: Config, name: str, peers: Peers) -> None:
-    """Raise DataError unless all ranks have the same settings, and names of their own."""
+def check_alike(config: Config, name: str, device: torch.device, peers: Peers) -> None:
+    """Raise DataError unless all ranks have the same settings and program, and their own names."""
+    here = environment(device)
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in OWN}
-    told = peers.exchange("settings", [name, settings])
-    names, (first, *_) = zip(*told, strict=True)
-    peers.labels = [f"rank {rank} ({other})" for rank, other in enumerate(names)]
-    for rank, (_, other) in enumerate(told):
+    settings |= {"version of FedGIN": here["version"], "code of FedGIN": here["modules"]}
+    replies = peers.exchange("settings", [name, settings, here["torch"]])
+    names, (first, *_), versions = zip(*replies, strict=True)
+    for rank, (_, other, _) in enumerate(replies):
         differ = [key for key, value in first.items() if other.get(key) != value]
         if differ:
             raise DataError(f"ranks 0 and {rank} were started with different {', '.join(differ)}")
     if len(set(names)) < len(names):
         raise DataError(f"hospitals {', '.join(names)}: two have one name; give one a --name")
+    if len(set(versions)) > 1:
+        print(f"NOTE: the ranks have different versions of PyTorch: {', '.join(versions)}")
 
 
 def check_cases(config: Config, everyone: Sequence[Hospital], peers: Peers) -> dict[str, int]:
@@ -179,26 +168,26 @@ def check_cases(config: Config, everyone: Sequence[Hospital], peers: Peers) -> d
     if not own.train:
         raise DataError(f"{own.name} has no training case")
     if own.name in [other.name for other in tested]:
-        raise DataError(f"{own.name}: so is a --test folder called too; give another --name")
-    labelled = itertools.compress(config.organs, own.train[0].volume.labelled[1:].tolist())
-    told = peers.exchange("cases", [own.name, len(own.train), list(labelled)])
-    organs = {name: set(its_organs) for name, _, its_organs in told}
-    check_organs(organs, config.organs, config.partial_labels)
-    return {name: n_k for name, n_k, _ in told}
+        raise DataError(f"{own.name}: a --test folder has the same name; give another --name")
+    labelled = itertools.compress(config.organs, own.train[0].labelled[1:].tolist())
+    replies = peers.exchange("cases", [own.name, len(own.train), list(labelled)])
+    structures = {name: organs for name, _, organs in replies}
+    check_organs(structures, config.organs, config.partial_labels)
+    return {name: n_k for name, n_k, _ in replies}
 
 
 def share_checkpoint(own: Checkpoint, initial: Weights, peers: Peers) -> Checkpoint:
-    """What the rank that has come furthest has reached, at every rank; each keeps its own history.
+    """The checkpoint of the rank that has come furthest, at every rank; histories stay their own.
 
-    The first of several; so a rank that has lost its folder goes on with the others.
+    So a rank that has lost its folder goes on with the others.
     """
-    told = peers.exchange("checkpoint", [own.round, own.best.round, own.best.val_dice])
-    source = max(range(peers.size), key=lambda rank: told[rank][0])
-    numbers = torch.cat([pack(w or initial) for w in (own.weights, own.best.weights)])
+    replies = peers.exchange("checkpoint", [own.round, own.best_round, own.best_dice])
+    source = max(range(peers.size), key=lambda rank: replies[rank][0])
+    numbers = torch.cat([pack(w or initial) for w in (own.weights, own.best_weights)])
     parts = peers.add_up(numbers * (peers.rank == source)).chunk(2)
     weights, best_weights = (unpack(part, like=initial) for part in parts)
-    round_, best_round, val_dice = told[source]
-    return Checkpoint(round_, weights, Best(val_dice, best_round, best_weights), own.history)
+    round_, best_round, best_dice = replies[source]
+    return Checkpoint(round_, weights, best_round, best_dice, best_weights, own.history)
 
 
 def share_scores(own: list[dict[str, Any]], n_organs: int, peers: Peers) -> list[dict[str, Any]]:
@@ -212,7 +201,7 @@ def share_scores(own: list[dict[str, Any]], n_organs: int, peers: Peers) -> list
 def refuse(message: str) -> NoReturn:
     """End a rank that was started with wrong flags, and let the others hear of it."""
     print(f"multisite (rank {os.environ['RANK']}): {message}", file=sys.stderr)
-    Peers("", timeout=60).leave(DataError(message))
+    Peers("flags", timeout=60).fail(DataError(message))
     sys.exit(2)
 
 
@@ -241,6 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not distributed.is_torchelastic_launched():
         parser.error("must be started by torchrun; see docs/several-machines.md")
     fixed = {"scenario": "complete", "arms": (args.arm,), "seeds": (args.seed,)}
+    fixed |= {"gin_probability": (args.gin_probability,)}
     config = to_config(parser, args, **fixed, out=args.out or f"runs/{args.arm}-{name}")
     title, hint = f"multisite (rank {os.environ['RANK']}, {name})", "; the same commands go on"
     return console.run_command(title, lambda: run(config, name, args.timeout), hint)

@@ -4,15 +4,12 @@
         names = peers.exchange("name", "north")  # what each says, by rank
         total = peers.add_up(torch.ones(3))
 
-Who fails or is stopped tells the others why before it ends; who says nothing is named.
+A rank that fails leaves its reason for the others, which end with it.
 """
 
 import contextlib
-import itertools
 import json
-import multiprocessing.pool
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -21,63 +18,60 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
-from tqdm import tqdm
 
 from federated import RunningAverage, Weights
-
-
-class PeerError(ConnectionError):
-    """Another rank has failed, or cannot be reached."""
 
 
 class Peers:
     """The ranks, one a hospital, seen from one of them.
 
     Short messages (JSON) pass through torchrun's store, sums through PyTorch's gloo and the CPU, so
-    that machines with and without a GPU work together. Raises PeerError once another rank has left
-    its reason to fail in the store, closed its links, or let this one wait for `timeout` seconds.
+    that machines with and without a GPU work together. Raises ConnectionError once another rank has
+    failed, has closed its links, or has let this one wait for `timeout` seconds.
     """
 
     def __init__(self, name: str, timeout: float) -> None:
-        self.timeout, self.sums, self.lost = timeout, 0, list[str]()
+        self.name, self.timeout = name, timedelta(seconds=timeout)
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        self.labels = [f"rank {rank}" for rank in range(self.size)]
-        self.labels[self.rank] += f" ({name})" if name else ""
-        self.thread = multiprocessing.pool.ThreadPool(1)
-        store, _, _ = next(distributed.rendezvous("env://", timeout=timedelta(seconds=timeout)))
-        # After a restart the store still holds what was said before it.
-        self.store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        with linked():
+            store, _, _ = next(distributed.rendezvous("env://", timeout=self.timeout))
+            # After a restart the store still holds what was said before it.
+            attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+            self.store = distributed.PrefixStore(attempt, store)
 
     def exchange(self, key: str, value: Any) -> list:
         """What each rank says under a key, by rank: anything that JSON can hold."""
-        self._ask("set", f"{key}/{self.rank}", json.dumps(value))
-        self._wait(key, lambda: not self._silent(key))
-        return [json.loads(self._ask("get", f"{key}/{rank}")) for rank in range(self.size)]
+        keys = [f"{key}/{rank}" for rank in range(self.size)]
+        with linked():
+            self.store.set(keys[self.rank], json.dumps(value))
+            self._wait(lambda: self.store.check(keys))
+            return [json.loads(self.store.get(each)) for each in keys]
 
     def connect(self) -> None:
         """Open the links for sums, once every rank has its data."""
-        device, timeout = os.environ.get("GLOO_SOCKET_IFNAME"), timedelta(seconds=self.timeout)
-        try:
-            if device:
-                distributed.ProcessGroupGloo.create_device(interface=device)  # is it there?
+        device = os.environ.get("GLOO_SOCKET_IFNAME")
+        with linked():
+            if device:  # is it there?
+                distributed.ProcessGroupGloo.create_device(interface=device)
             self.exchange("device", None)
             distributed.init_process_group(
-                "gloo", store=self.store, rank=self.rank, world_size=self.size, timeout=timeout
+                "gloo",
+                store=self.store,
+                rank=self.rank,
+                world_size=self.size,
+                timeout=self.timeout,
             )
-        except RuntimeError as error:
-            raise ConnectionError(f"no links to the other ranks: {error}") from error
 
     def add_up(self, numbers: Tensor) -> Tensor:
         """Add a CPU tensor up over all ranks, in place."""
-        self.sums += 1
-        key = f"sum {self.sums}"
-        self._ask("set", f"{key}/{self.rank}", "")
-        try:
+        with linked():
             work = distributed.all_reduce(numbers, async_op=True)
-            self._wait(key, work.is_completed)
-            work.wait()
-        except RuntimeError as error:  # gloo's, of a link that is closed or silent
-            raise self._in_vain(key) from error
+            self._wait(work.is_completed)
+            try:
+                work.wait()
+            except RuntimeError:  # a rank that failed has closed its links, and left its reason
+                self._check()
+                raise
         return numbers
 
     def average(self, w_k: Weights, n_k: float) -> Weights:
@@ -89,58 +83,43 @@ class Peers:
         average.sums, average.total = unpack(total[:-1], like=average.sums), total[-1].item()
         return average.result()
 
-    def leave(self, error: BaseException) -> None:
-        """Tell why this rank ends, unless another has failed first; torchrun says so at the end."""
-        reason = f"{self.labels[self.rank]}: {str(error) or 'was stopped'}"
-        if isinstance(error, PeerError):
-            reason, error.__notes__ = str(error), []  # which blame this rank's round
-        with contextlib.suppress(PeerError):
-            mine = json.dumps([reason, self.lost])
-            reason, self.lost = json.loads(self._ask("compare_set", "failed", "", mine))
-            self._ask("set", f"left/{self.rank}", "")
-            # Until all know: the store ends with the torchrun of rank 0.
-            self._wait("left", lambda: not self._silent("left"), f"{reason}; ")
+    def fail(self, error: BaseException) -> None:
+        """Tell the others, and torchrun's summary, why this rank ends."""
+        reason = f"rank {self.rank} ({self.name}): {str(error) or 'was stopped'}"
+        if isinstance(error, ConnectionError):
+            reason = str(error)  # another rank's, as a rule
+            error.__notes__ = []  # which blame this rank's round
+        with contextlib.suppress(RuntimeError):
+            self.store.compare_set("failed", "", reason)
         path = os.environ.get("TORCHELASTIC_ERROR_FILE")
         if path:
-            about = {"message": reason, "extraInfo": {"timestamp": int(time.time())}}
-            Path(path).write_text(json.dumps({"message": about}))  # as torch's ErrorHandler does
+            message = {"message": reason, "extraInfo": {"timestamp": int(time.time())}}
+            Path(path).write_text(json.dumps({"message": message}))  # as torch's ErrorHandler does
+        time.sleep(1)  # until the others have heard it: the store ends with rank 0's torchrun
 
-    def _wait(self, key: str, done: Callable[[], bool], note: str = "") -> None:
-        """Wait until done(), and say for whom: the ranks that have not set the key."""
-        began, tell_at = time.monotonic(), 1
+    def _wait(self, done: Callable[[], bool]) -> None:
+        """Wait until done() or until another rank has failed."""
+        began = time.monotonic()
         while not done():
             waited = time.monotonic() - began
-            if waited > self.timeout or (key != "left" and self._ask("check", ["failed"])):
-                raise self._in_vain(key)
-            silent = self._silent(key) if waited > tell_at else []
-            if silent:
-                who = f"{note}{self.labels[self.rank]}"
-                tqdm.write(f"{who} waits for {', '.join(silent)}", file=sys.stderr)
-                tell_at += 60
+            self._check()
+            if waited > self.timeout.total_seconds():
+                limit = f"--timeout {self.timeout.total_seconds():g}"
+                raise ConnectionError(f"another rank is cut off or takes longer than {limit}")
             time.sleep(min(0.001 + waited / 10, 0.2))
 
-    def _in_vain(self, key: str) -> PeerError:
-        """What to raise where others are waited for in vain: their reason, or who is silent."""
-        if self._ask("check", ["failed"]):
-            return PeerError(json.loads(self._ask("get", "failed"))[0])
-        silent = self._silent(key)
-        self.lost = silent or self.labels  # nobody waits for these to leave
-        who, limit = " or ".join(silent) or "another rank", f"--timeout {self.timeout:g}"
-        return PeerError(f"{who} was killed, is cut off or takes longer than {limit}")
+    def _check(self) -> None:
+        if self.store.check(["failed"]):
+            raise ConnectionError(self.store.get("failed").decode())
 
-    def _silent(self, key: str) -> list[str]:
-        """The ranks that have not set a key."""
-        missing = [not self._ask("check", [f"{key}/{rank}"]) for rank in range(self.size)]
-        return [who for who in itertools.compress(self.labels, missing) if who not in self.lost]
 
-    def _ask(self, call: str, *args: Any) -> Any:
-        """Call the store, but no longer than a minute: TCP would try for many if a link is cut."""
-        try:
-            answer = self.thread.apply_async(getattr(self.store, call), args)
-            return answer.get(min(self.timeout, 60))
-        except (multiprocessing.TimeoutError, RuntimeError) as error:
-            what = str(error) or "no answer"
-            raise PeerError(f"rank 0's machine, which keeps the store, is gone ({what})") from error
+@contextlib.contextmanager
+def linked() -> Iterator[None]:
+    """Raise what PyTorch says of a closed or silent link as a ConnectionError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConnectionError(f"another rank is gone: {error}") from error
 
 
 @contextlib.contextmanager
@@ -151,7 +130,7 @@ def join(name: str, timeout: float) -> Iterator[Peers]:
         yield peers
         peers.exchange("end", None)
     except BaseException as error:
-        peers.leave(error)
+        peers.fail(error)
         raise
     if os.environ["GROUP_RANK"] == "0":
         time.sleep(1)  # or the others' torchrun may miss the store, and say so at length

@@ -17,11 +17,8 @@ from scans.layouts import LAYOUTS
 from scans.organs import NO_STRUCTURES, ORGANS, common_name, spelling
 from scans.phantom import SPACING
 
-VERSION = "2.0.0"
+VERSION = "3.0.0"
 GROUPS = {"scenario": "experiment", "ct": "data", "rounds": "training", "out": "run"}  # of flags
-KINDS = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
-NEEDED = ("ratios", "seeds", "organs", "gin_probability", "ct_window")  # tuples, never empty
-LIMITS = {"depth": 12, "width": 4096, "patch": 4096, "sites": 10_000, "rounds": 10**6}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,21 +57,17 @@ class Round:
 
 
 @dataclasses.dataclass(frozen=True)
-class Best:
-    """The weights of the round with the highest validation Dice."""
-
-    val_dice: float = -math.inf
-    round: int = 0
-    weights: Mapping[str, Tensor] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """What a training has reached after a round; by default, before the first one."""
+    """What a training has reached after a round; by default, before the first one.
+
+    Its best round is the one with the highest validation Dice.
+    """
 
     round: int = 0
     weights: Mapping[str, Tensor] | None = None
-    best: Best = dataclasses.field(default_factory=Best)
+    best_round: int = 0
+    best_dice: float = -math.inf
+    best_weights: Mapping[str, Tensor] | None = None
     history: tuple[Round, ...] = ()
 
 
@@ -135,22 +128,21 @@ class Config:
     )
     out: str = flag("", "folder for the results (default: one in runs/)", metavar="DIR")
     cache: str = flag("", "for preprocessed scans (default: cache, beside --out)", metavar="DIR")
-    no_cache: bool = flag(False, "keep preprocessed scans in memory instead")
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value is None:
-                value = field.metadata["phantoms" if self.on_phantoms else "scans"]
-            object.__setattr__(self, field.name, _typed(field, value))
-        object.__setattr__(self, "organs", tuple(map(common_name, self.organs)))
+        chosen: dict[str, Any] = {
+            field.name: field.metadata["phantoms" if self.on_phantoms else "scans"]
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) is None
+        }
         if self.scenario == "limited":
-            for name, default in (("ratios", ("1:5",)), ("mri_cases", 2)):
-                if getattr(self, name) is None:
-                    object.__setattr__(self, name, default)
-        out = Path(self.out or f"runs/{self.scenario}")
-        object.__setattr__(self, "out", str(out))
-        object.__setattr__(self, "cache", self.cache or str(out.parent / "cache"))
+            chosen["ratios"] = self.ratios or ("1:5",)
+            chosen["mri_cases"] = 2 if self.mri_cases is None else self.mri_cases
+        chosen["organs"] = tuple(map(common_name, self.organs))
+        chosen["out"] = str(Path(self.out or f"runs/{self.scenario}"))
+        chosen["cache"] = self.cache or str(Path(chosen["out"]).parent / "cache")
+        for name, value in chosen.items():
+            object.__setattr__(self, name, value)
         check(self)
 
     @property
@@ -161,44 +153,23 @@ class Config:
         return round_ % self.val_every == 0 or round_ == self.rounds
 
 
-def _typed(field: dataclasses.Field, value: Any) -> Any:
-    """A field's value in the field's type; a single value for a tuple is taken as one of it."""
-    several, kind = get_args(field.type), (*get_args(field.type), field.type)[0]
-    if value is None:
-        return None
-    values = list(value) if isinstance(value, list | tuple) else [value]
-    if kind is float:
-        values = [float(v) if type(v) is int and abs(v) < 2**1023 else v for v in values]
-    if not all(type(v) is kind for v in values) or not (several or len(values) == 1):
-        raise ValueError(f"{flag_name(field)} must be {KINDS[kind]}, not {value!r}")
-    if not values and field.name in NEEDED:
-        raise ValueError(f"{flag_name(field)} names nothing; give one at least")
-    return tuple(values) if several else values[0]
-
-
 def flag_name(field: dataclasses.Field) -> str:
     return "--" + field.name.replace("_", "-")
 
 
 def check(config: Config) -> None:
     """Raise ValueError, naming the flag, for a value that cannot work."""
-    _check_window(config.ct_window)
-    _check_organs(config)
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), flag_name(field)
         if isinstance(value, tuple) and "" in value:
             raise ValueError(f"{name} has an empty name")
         if isinstance(value, tuple) and len(set(value)) < len(value):
             raise ValueError(f"{name} names something twice: {' '.join(map(str, value))}")
-        choices = field.metadata["more"].get("choices", ())
-        for chosen in value if isinstance(value, tuple) else (value,):
-            if choices and chosen and chosen not in choices:
-                raise ValueError(f"{name} {chosen}: is none of {', '.join(choices)}")
-        if type(value) in (int, float):
-            if not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{name} must be a positive number, not {value}")
-            if value > LIMITS.get(field.name, math.inf):
-                raise ValueError(f"{name} can be at most {LIMITS[field.name]}")
+        if type(value) in (int, float) and not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name} must be a positive number, not {value}")
+    low, high = config.ct_window
+    if not -math.inf < low < high < math.inf:
+        raise ValueError(f"--ct-window must be LOW below HIGH, in HU, not {low} {high}")
     if not all(0 <= p <= 1 for p in config.gin_probability):
         shares = " ".join(map(str, config.gin_probability))
         raise ValueError(f"--gin-probability must lie between 0 and 1, not {shares}")
@@ -214,30 +185,23 @@ def check(config: Config) -> None:
         raise ValueError(f"--out {config.out} is a file; it must be a folder, or a new name")
     if config.on_phantoms and config.spacing != SPACING:
         raise ValueError(f"--spacing is for scans; phantoms have voxels of {SPACING:g} mm")
-    if config.test and config.on_phantoms:
+    if config.on_phantoms and config.test:
         raise ValueError("--test needs folders to train on; give --ct and --mri too")
     if config.scenario != "limited" and (config.ratios or config.mri_cases):
         raise ValueError("--ratios and --mri-cases are for --scenario limited")
+    check_organs(config)
 
 
-def _check_window(window: tuple[float, ...]) -> None:
-    if not (len(window) == 2 and -math.inf < window[0] < window[1] < math.inf):
-        shown = " ".join(map(str, window))
-        raise ValueError(f"--ct-window must be two numbers of HU, LOW below HIGH, not {shown}")
-
-
-def _check_organs(config: Config) -> None:
+def check_organs(config: Config) -> None:
     """Raise ValueError for names that no structure can have; folders say which they label."""
-    spelt = [spelling(organ) for organ in config.organs]
-    for organ, its in zip(config.organs, spelt, strict=True):
-        if its in ("", *NO_STRUCTURES) or not organ.isprintable():
-            raise ValueError(f"--organs {organ!r}: is no structure's name")
+    forms = [spelling(organ) for organ in config.organs]
+    for organ, form in zip(config.organs, forms, strict=True):
+        if form in ("", *NO_STRUCTURES) or not organ.isprintable():
+            raise ValueError(f"--organs {organ!r}: is not a structure's name")
         if config.on_phantoms and organ not in ORGANS:
             raise ValueError(f"--organs {organ}: phantoms have {', '.join(ORGANS)} only")
-    if len(set(spelt)) < len(spelt):
+    if len(set(forms)) < len(forms):
         raise ValueError(f"--organs names something twice: {' '.join(config.organs)}")
-    if len(spelt) > 255:
-        raise ValueError("--organs can be at most 255")
 
 
 def make_parser(
@@ -245,7 +209,11 @@ def make_parser(
     choices: Mapping[str, Collection] | None = None,
     leave_out: Collection[str] = (),
 ) -> argparse.ArgumentParser:
-    """A parser with a flag for each field of Config; `choices` adds those that the caller knows."""
+    """A parser with a flag for each field of Config; `choices` adds those that the caller knows.
+
+    A flag that is not given is None: Config has the defaults. A flag of several values that is
+    given twice adds up.
+    """
     parser = argparse.ArgumentParser(
         description=description,
         usage="%(prog)s [options]",
@@ -258,7 +226,7 @@ def make_parser(
             group = parser.add_argument_group(GROUPS[field.name])
         if field.name in leave_out:
             continue
-        options = {"default": field.default, **field.metadata["more"]}
+        options = {"default": None, **field.metadata["more"]}
         if field.name in (choices or {}):
             options["choices"] = (choices or {})[field.name]
         if field.type is bool:
@@ -266,7 +234,8 @@ def make_parser(
         else:
             kind = (*get_args(field.type), field.type)[0]
             options["type"] = kind
-            options = {"nargs": "+", **options} if kind is not field.type else options
+            if kind is not field.type and "nargs" not in options:
+                options |= {"nargs": "+", "action": "extend"}
             options.setdefault("metavar", {int: "N", float: "X"}.get(kind))
         help_ = field.metadata["text"] + _default(field)
         group.add_argument(flag_name(field), help=help_, **options)
@@ -284,7 +253,11 @@ def _default(field: dataclasses.Field) -> str:
 def to_config(parser: argparse.ArgumentParser, args: argparse.Namespace, **fixed: Any) -> Config:
     """The Config of parsed flags and `fixed`; what cannot work ends the program with code 2."""
     names = {field.name for field in dataclasses.fields(Config)}
-    settings = {key: value for key, value in (vars(args) | fixed).items() if key in names}
+    settings: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in (vars(args) | fixed).items()
+        if key in names and value is not None
+    }
     try:
         return Config(**settings)
     except ValueError as error:

@@ -8,8 +8,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Generic, TypeVar
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -17,56 +17,68 @@ from tqdm import tqdm
 from federated import Client
 from scans.files import DataError
 from scans.machine import is_out_of_memory
-from study.config import Best, Config, Round, Training
-from study.hospitals import Hospital
+from study.config import Checkpoint, Config, Round, Training
+from study.hospitals import Hospital, validation_cases
+from study.results import TrainingFolder
 
-Item = TypeVar("Item")
 # Ends with a line that says what to do; any other exception is a bug and keeps its traceback.
 FORESEEN = (DataError, FloatingPointError, OSError)
 
 
-class Watched(Generic[Item]):
-    """Items that count a step each time one of them has been worked on."""
+def count_steps(
+    folder: TrainingFolder, names: Collection[str], hospitals: Sequence[Hospital]
+) -> int:
+    """Batches to train on and cases to segment until a training is finished.
 
-    def __init__(self, items: Iterable[Item], progress: "Progress", what: str) -> None:
-        self.items, self.progress, self.what = items, progress, what
+    names: of the hospitals that train.
+    """
+    config = folder.config
+    rounds = range(len(folder.history()) + 1, config.rounds + 1)
+    n_validations = sum(config.is_validated(round_) for round_ in rounds)
+    modalities = [hospital.modality for hospital in hospitals if hospital.name in names]
+    n_val = len(validation_cases(folder.training.seed, hospitals, modalities))
+    n_test = sum(len(hospital.test) for hospital in hospitals) - folder.n_tested()
+    return len(rounds) * config.local_steps * len(names) + n_validations * n_val + n_test
 
-    def __iter__(self) -> Iterator[Item]:
-        self.progress.show_place(self.what)
+
+class Watched:
+    """Items that count as a step each time one of them has been worked on."""
+
+    def __init__(self, items: Iterable[Any], progress: "Progress", place: str) -> None:
+        self.items, self.progress, self.place = items, progress, place
+
+    def __iter__(self) -> Iterator[Any]:
+        self.progress.show_place(self.place)
         for item in self.items:
             yield item
             self.progress.step()
 
 
 class Progress:
-    """How much of a run's work is done: one bar on a terminal, a line a round elsewhere.
+    """How much of a run's work is done: one bar on a terminal, one line per round elsewhere.
 
-    A step is a batch to train on or a case to segment.
+    A step is a batch to train on or a case to segment; `steps` are those of each training.
     """
 
-    def __init__(self, total: int, n_trainings: int = 1) -> None:
-        form = "{desc} |{bar}| {remaining} left{postfix}"
-        self.total, self.done, self._began = total, 0, time.monotonic()
-        self.n_trainings, self.n_begun = n_trainings, 0
-        self.name = self._what = ""
-        self.failed: list[str] = []  # what attempts have failed
-        self.on_terminal = sys.stderr.isatty()
-        self._bar = tqdm(
-            total=total,
-            bar_format=form,
+    def __init__(self, steps: Mapping[str, int]) -> None:
+        self.steps, self.total, self.done = steps, sum(steps.values()), 0
+        self.n_begun, self.began = 0, time.monotonic()
+        self.name = self.place = ""
+        self.failed: list[str] = []  # why attempts have failed
+        self.bar = tqdm(
+            total=self.total,
+            bar_format="{desc} |{bar}| {remaining} left{postfix}",
             smoothing=0,
             dynamic_ncols=True,
-            disable=not self.on_terminal,
+            disable=not sys.stderr.isatty(),
         )
 
-    def watch(self, items: Iterable[Item], what: str = "") -> Iterable[Item]:
+    def watch(self, items: Iterable[Any], place: str = "") -> Watched:
         """The same items; each that has been worked on is a step."""
-        return Watched(items, self, what)
+        return Watched(items, self, place)
 
-    def watch_training(
-        self, clients: Mapping[str, Client], held_out: Iterable[Item], rounds: int
-    ) -> tuple[dict[str, Client], Iterable[Item]]:
-        """The same clients and validation cases, whose batches and cases are steps."""
+    def watch_clients(self, clients: Mapping[str, Client], rounds: int) -> dict[str, Client]:
+        """The same clients, whose batches are steps."""
 
         def watched(client: Client) -> Client:
             def batches(round_: int) -> Iterable:
@@ -74,34 +86,33 @@ class Progress:
 
             return client._replace(batches=batches)
 
-        return {name: watched(client) for name, client in clients.items()}, self.watch(held_out)
+        return {name: watched(client) for name, client in clients.items()}
 
     def step(self) -> None:
         self.done += 1
-        self._bar.update()
+        self.bar.update()
 
-    def show_place(self, what: str) -> None:
-        self._what = what or self._what
-        self._bar.set_description_str(self._place().replace(" of ", "/"))
-
-    def _place(self) -> str:
-        return ", ".join(filter(None, [self.name, self._what]))
+    def show_place(self, place: str) -> None:
+        self.place = place or self.place
+        self.bar.set_description_str(f"{self.name}, {self.place}".replace(" of ", "/"))
 
     def show_round(self, done: Round) -> None:
         """Show loss and validation Dice of a round, beside the bar or in a line of its own."""
         dices = [f"{m.upper()} {dice:.2f}" for m, dice in done.val_dice.items()]
-        if self.on_terminal:  # in 100 columns
-            self._bar.set_postfix_str(", ".join(dices))
-        else:
+        self.bar.set_postfix_str(", ".join(dices))  # in 100 columns
+        if self.bar.disable:
             loss = sum(done.losses.values()) / len(done.losses)
-            left = tqdm.format_interval(self.seconds_left())
             figures = ", ".join([f"loss {loss:.2f}", *dices])
-            self.say(f"{self._place()}: {figures}; {left} left")
+            a_step = (time.monotonic() - self.began) / max(self.done, 1)
+            left = tqdm.format_interval(a_step * max(self.total - self.done, 0))
+            self.say(f"{self.name}, {self.place}: {figures}; {left} left")
 
-    def show_choice(self, best: Best) -> None:
+    def show_choice(self, reached: Checkpoint) -> None:
         """Say whose round's weights are kept at the end of a training."""
-        chosen = f"the weights of round {best.round}, validation Dice {best.val_dice:.2f}"
-        if math.isnan(best.val_dice):
+        chosen = (
+            f"the weights of round {reached.best_round}, validation Dice {reached.best_dice:.2f}"
+        )
+        if math.isnan(reached.best_dice):
             chosen = "no validation case holds an organ; the last weights"
         self.say(f"{self.name}: {chosen} are kept")
 
@@ -110,16 +121,11 @@ class Progress:
         tqdm.write(line, file=sys.stderr)
         sys.stderr.flush()
 
-    def seconds_left(self) -> float:
-        """How long the steps to come take if they take as long as those so far."""
-        a_step = (time.monotonic() - self._began) / max(self.done, 1)
-        return a_step * max(self.total - self.done, 0)
-
     @contextlib.contextmanager
     def attempt(self, name: str) -> Iterator[None]:
-        """Do a part of a run. If it fails foreseeably, say so and let the next part follow."""
+        """Do a training. If it fails foreseeably, say so and let the next one follow."""
         self.n_begun += 1
-        self.name = f"training {self.n_begun} of {self.n_trainings} ({name})"
+        self.name, before = f"training {self.n_begun} of {len(self.steps)} ({name})", self.done
         try:
             yield
         except Exception as error:
@@ -128,12 +134,15 @@ class Progress:
                 raise
             self.failed.append(explain(error))
             self.say(f"FAILED: {self.failed[-1]}")
+        # What others have done, or what has failed, is no longer to be done here.
+        self.total -= self.steps[name] - (self.done - before)
+        self.bar.total = self.total
 
     def __enter__(self) -> "Progress":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.close()
+        self.bar.close()
 
 
 def describe(config: Config, device: torch.device) -> str:
@@ -153,11 +162,13 @@ def describe(config: Config, device: torch.device) -> str:
 
 
 def describe_hospitals(
-    hospitals: Iterable[Hospital], chosen: Mapping[Training, Mapping[str, Sequence]]
+    by_seed: Mapping[int, Sequence[Hospital]],
+    chosen: Mapping[Training, Mapping[str, Sequence]],
 ) -> str:
     """Who holds, and who trains on how many cases; chosen: {training: {hospital: its cases}}."""
     lines = [
         f"{h.name}: {len(h.train)} cases to train, {len(h.val)} to validate, {len(h.test)} to test"
+        for hospitals in by_seed.values()
         for h in hospitals
     ]
     for training, by_hospital in chosen.items():

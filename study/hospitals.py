@@ -11,18 +11,16 @@ import torch
 
 from data import generator, make_volume, normalize
 from scans import phantom
-from scans.cache import check_disk
 from scans.cases import PreparedCase, load_cases
-from scans.files import DataError
-from scans.layouts import Case, find_cases, split_cases
+from scans.files import DataError, listed
+from scans.layouts import SPLITS, Case, find_cases, split_cases
 from scans.organs import check_organs
-from scans.splits import SPLITS
 from study.config import Config
 
 PHANTOM_SPLITS = {"train": range(12), "val": range(12, 16), "test": range(16, 24)}  # a modality
 VAL_CASES = 8  # of a hospital, at most, that a round is validated on
 FEW = 3  # validation cases of a modality; the best round of fewer is chance
-COPIES = 5  # that are named, at most
+Parts = Mapping[str, Sequence[PreparedCase]]  # by split
 
 
 class Hospital(NamedTuple):
@@ -43,40 +41,42 @@ class Source(NamedTuple):
 
 
 def load_hospitals(
-    config: Config, needed: Collection[str] = (), alone: bool = True
+    config: Config, needed: Collection[str] = (), all_sites_local: bool = True
 ) -> tuple[dict[int, list[Hospital]], list[str]]:
     """All hospitals by seed, MRI first and --test last; and what to tell the user about the data.
 
     Every scan is read here, once. Raises DataError for folders that do not fit together, for cases
-    that cannot be used, and where no training case has a needed modality; what can be told before a
-    scan is read is told then. Unless alone, other hospitals may label the organs that these lack.
+    that cannot be used, and where no training case has a needed modality; what names of files tell
+    is told before a scan is read. Unless all_sites_local, other sites may label missing organs.
     """
     sources = find_sources(config)
-    check_modalities(needed, trainable(config, sources))
-    prepared: Mapping[Path, PreparedCase] = {}
-    notes: list[str] = []
-    if not config.on_phantoms:
-        if alone or not config.partial_labels:
-            labelled = {s.folder: {o for case in s.cases for o in case.masks} for s in sources}
-            structures = {s.folder: s.cases[0].structures for s in sources}
-            check_organs(labelled, config.organs, config.partial_labels, structures)
-        prepared, notes = _load_scans(config, sources)
+    check_modalities(needed, {source.modality for source in sources})
+    if config.on_phantoms:
+        seeds = {seed: phantom_hospitals(config, seed, sources) for seed in config.seeds}
+        return seeds, []
+    if all_sites_local or not config.partial_labels:
+        structures = {source.folder: source.cases[0].structures for source in sources}
+        check_organs(structures, config.organs, config.partial_labels)
+    cases = [case for source in sources for case in source.cases]
+    prepared, bad = load_cases(
+        cases, config.organs, config.spacing, Path(config.cache), config.skip_bad, config.ct_window
+    )
+    left_out, warnings = [f"left out: {error}" for error in bad], []
     by_seed: dict[int, list[Hospital]] = {}
     try:
         for seed in config.seeds:
             by_seed[seed] = []
             for source in sources:
-                if config.on_phantoms:
-                    parts = phantom_cases(seed, source.modality, config.organs, config.ct_window)
-                else:
-                    parts = split_prepared(source, prepared, seed, bool(config.test))
-                    notes += _leave_out_empty(source.name, parts)
+                parts, empty = split_prepared(source, prepared, seed, bool(config.test))
+                left_out += empty
                 by_seed[seed] += split_into_sites(source, parts, config.sites)
             check_modalities(needed, {h.modality for h in by_seed[seed] if h.train})
-            notes += warn_of_few(by_seed[seed], needed if alone else ())
+            warnings += warn_of_few(by_seed[seed], needed if all_sites_local else ())
     except DataError as error:  # which may follow from what was left out
-        lines = [note for note in notes if note.startswith("left out: ")]
-        raise DataError("\n".join([*lines, str(error)])) from error
+        raise DataError("\n".join([*dict.fromkeys(left_out), str(error)])) from error
+    warnings += [warning for case in cases for warning in case.warnings]
+    warnings += warn_of_cases(prepared) + warn_of_copies(sources, prepared)
+    notes = [*left_out, *(f"WARNING: {warning}" for warning in warnings)]
     return by_seed, list(dict.fromkeys(notes))  # seeds have the same
 
 
@@ -89,56 +89,7 @@ def check_modalities(needed: Iterable[str], held: Collection[str]) -> None:
             )
 
 
-def _load_scans(
-    config: Config, sources: Sequence[Source]
-) -> tuple[dict[Path, PreparedCase], list[str]]:
-    """The usable cases of all folders by scan file, and what to tell the user about them."""
-    cases = [case for source in sources for case in source.cases]
-    cache = None if config.no_cache else Path(config.cache)
-    notes = [str(remark) for remark in dict.fromkeys(r for case in cases for r in case.remarks)]
-    if cache is not None:
-        space = check_disk(cases, config.organs, config.spacing, cache, config.ct_window)
-        if space:
-            notes.append(space)
-    prepared, left_out = load_cases(
-        cases, config.organs, config.spacing, cache, config.skip_bad, config.ct_window
-    )
-    notes += [f"left out: {reason}" for reason in left_out]
-    return prepared, notes + warn_of_cases(prepared) + warn_of_copies(sources, prepared)
-
-
-def warn_of_cases(prepared: Mapping[Path, PreparedCase]) -> list[str]:
-    """A warning for each thing that may be wrong with cases that are used, with their names."""
-    files: dict[str, list[str]] = {}
-    for case in prepared.values():
-        for problem in case.problems:
-            files.setdefault(f"{problem.what}; {problem.consequence}", []).append(str(problem.file))
-    return [f"WARNING: {', '.join(names)}: {what}" for what, names in files.items()]
-
-
-def warn_of_few(hospitals: Sequence[Hospital], modalities: Iterable[str]) -> list[str]:
-    """Warnings of what so few cases cannot tell: the best round of a modality, or anything."""
-    notes = []
-    for modality in modalities:
-        if sum(len(h.val) for h in hospitals if h.modality == modality) < FEW:
-            few = f"fewer than three validation cases of {modality.upper()}"
-            notes.append(f"WARNING: {few}: the choice of a round by them is chance")
-    if not any(hospital.test for hospital in hospitals):
-        none = "no hospital here has a test case, so the report has none of theirs"
-        notes.append(f"WARNING: {none}; give a folder with --test, or three cases or more")
-    return notes
-
-
-def _leave_out_empty(name: str, parts: dict[str, list[PreparedCase]]) -> list[str]:
-    """Take cases without any organ out of what a hospital trains and validates on; say how many."""
-    notes = []
-    for split in ("train", "val"):
-        held = [case for case in parts[split] if case.volume.counts[1:].any()]
-        n_empty = len(parts[split]) - len(held)
-        if n_empty:
-            notes.append(f"left out: {name}, {split}: {n_empty} scans without any organ")
-        parts[split] = held
-    return notes
+# ---------------------------------------------------------------------------------- where they lie
 
 
 def find_sources(config: Config) -> list[Source]:
@@ -171,90 +122,91 @@ def find_sources(config: Config) -> list[Source]:
     return sources
 
 
-def trainable(config: Config, sources: Iterable[Source]) -> set[str]:
-    """The modalities that have training cases, as far as names of files tell.
-
-    Raises DataError for a folder that has fewer than --sites asks for.
-    """
-    if config.on_phantoms:
-        return {"mri", "ct"}
-    found = set()
-    for source in sources:
-        if source.modality:
-            for seed in config.seeds:
-                train = split_cases(source.cases, seed, bool(config.test))["train"]
-                check_sites(source, len(train), config.sites)
-                if train:
-                    found.add(source.modality)
-    return found
-
-
-def warn_of_copies(sources: Iterable[Source], prepared: Mapping[Path, PreparedCase]) -> list[str]:
-    """A warning for scans that are there twice, one of them to train on, by their voxels.
-
-    That is by what is made of them: how a file is compressed or named and what else its header says
-    are no difference.
-    """
-    first: dict[int, Path] = {}
-    copies = []
-    for source in sources:  # those of --test come last
-        for image in (case.image for case in source.cases if case.image in prepared):
-            twin = first.get(prepared[image].image_crc)
-            if twin:
-                copies.append(f"{image} is a copy of {twin}")
-            elif source.modality:
-                first[prepared[image].image_crc] = image
-    more = f"; and {len(copies) - COPIES} more" if len(copies) > COPIES else ""
-    what = f"{len(copies)} scans are there twice, and what is trained on may be tested on"
-    return [f"WARNING: {what}: {'; '.join(copies[:COPIES])}{more}"] if copies else []
-
-
-def phantom_cases(
-    seed: int, modality: str, organs: Sequence[str], ct_window: tuple[float, float]
-) -> dict[str, list[PreparedCase]]:
-    """The phantoms of a modality by split; for "" those of both, from a scanner no hospital has."""
-    if modality:
-        return {
-            split: [
-                _make_case(seed, modality, index, organs, "own", ct_window) for index in indices
-            ]
-            for split, indices in PHANTOM_SPLITS.items()
-        }
-    test = []
-    for each in ("mri", "ct"):
-        for index in PHANTOM_SPLITS["test"]:
-            test.append(_make_case(seed, each, index, organs, "other", ct_window))
-    return {"train": [], "val": [], "test": test}
-
-
-def _make_case(
-    seed: int,
-    modality: str,
-    index: int,
-    organs: Sequence[str],
-    scanner: str,
-    ct_window: tuple[float, float],
-) -> PreparedCase:
-    """A phantom with the labels of these organs, numbered from 1."""
-    image, labels = phantom.make_phantom(seed, modality, index, scanner)
-    numbers = [0] + [organs.index(o) + 1 if o in organs else 0 for o in phantom.ORGANS]
-    labels = np.array(numbers, dtype=np.uint8)[labels]
-    labelled = np.ones(len(organs) + 1, dtype=bool)
-    image = normalize(image, modality, ct_window)
-    volume = make_volume(f"phantom{index:02d}", modality, image, labels, labelled)
-    # It has no other grid than the model's.
-    return PreparedCase(volume, lambda: (labels, (phantom.SPACING,) * 3), files=[])
+def site_names(source: Source, sites: int) -> list[str]:
+    if sites == 1 or not source.modality:
+        return [source.name]
+    return [f"{source.name}-{i + 1}" for i in range(sites)]
 
 
 def split_prepared(
     source: Source, prepared: Mapping[Path, PreparedCase], seed: int, test_elsewhere: bool
-) -> dict[str, list[PreparedCase]]:
-    """The usable cases of a folder, by split."""
+) -> tuple[Parts, list[str]]:
+    """The usable cases of a folder by split, and what was left out of it.
+
+    Cases without any organ are tested on only.
+    """
     usable = [case for case in source.cases if case.image in prepared]
-    parts: dict[str, list[Case]] = {"train": [], "val": [], "test": usable}
+    split: dict[str, list[Case]] = {"train": [], "val": [], "test": usable}
     if source.modality:
-        parts = split_cases(usable, seed, test_elsewhere)
-    return {split: [prepared[case.image] for case in cases] for split, cases in parts.items()}
+        split = split_cases(usable, seed, test_elsewhere)
+    parts = {name: [prepared[case.image] for case in cases] for name, cases in split.items()}
+    left_out = []
+    for name in ("train", "val"):
+        held = [case for case in parts[name] if case.counts[1:].any()]
+        if len(held) < len(parts[name]):
+            n_empty = len(parts[name]) - len(held)
+            left_out.append(f"left out: {source.name}, {name}: {n_empty} scans without any organ")
+        parts[name] = held
+    return parts, left_out
+
+
+def split_into_sites(source: Source, parts: Parts, sites: int) -> list[Hospital]:
+    """Divide the cases of a source among its hospitals; one that is only tested on stays whole."""
+    names, n_train = site_names(source, sites), len(parts["train"])
+    if source.modality and sites > 1 and n_train < sites:
+        raise DataError(f"--sites {sites}: {source.folder} has {n_train} training cases, too few")
+    hospitals = []
+    for i, name in enumerate(names):
+        train, val, test = (parts[split][i :: len(names)] for split in SPLITS)
+        hospitals.append(Hospital(name, source.modality, train, val, test))
+    return hospitals
+
+
+# ---------------------------------------------------------------------------------------- phantoms
+
+
+def phantom_hospitals(config: Config, seed: int, sources: Sequence[Source]) -> list[Hospital]:
+    """Hospitals of phantoms; the source without modality is a scanner that no hospital has."""
+
+    def make(modality: str, split: str, scanner: str = "own") -> list[PreparedCase]:
+        return [
+            phantom_case(config, seed, modality, index, scanner) for index in PHANTOM_SPLITS[split]
+        ]
+
+    hospitals = []
+    for source in sources:
+        if source.modality:
+            parts = {split: make(source.modality, split) for split in SPLITS}
+        else:
+            tests = [case for m in ("mri", "ct") for case in make(m, "test", "other")]
+            parts = {"train": [], "val": [], "test": tests}
+        hospitals += split_into_sites(source, parts, config.sites)
+    return hospitals
+
+
+def phantom_case(
+    config: Config, seed: int, modality: str, index: int, scanner: str
+) -> PreparedCase:
+    """A phantom with the labels of the organs asked for, numbered from 1."""
+    image, labels = phantom.make_phantom(seed, modality, index, scanner)
+    organs = config.organs
+    numbers = [0] + [organs.index(o) + 1 if o in organs else 0 for o in phantom.ORGANS]
+    labels = np.array(numbers, dtype=np.uint8)[labels]
+    labelled = np.ones(len(organs) + 1, dtype=bool)
+    image = normalize(image, modality, config.ct_window)
+    # Each seed has patients of its own.
+    volume = make_volume(f"phantom{seed}-{index:02d}", modality, image, labels, labelled)
+    return PreparedCase(
+        id=volume.id,
+        modality=modality,
+        counts=volume.counts,
+        labelled=labelled,
+        read_volume=lambda: volume,
+        read_target=lambda: (labels, (phantom.SPACING,) * 3),  # it has the model's grid only
+    )
+
+
+# ---------------------------------------------------------------------------- what is made of them
 
 
 def validation_cases(
@@ -269,7 +221,7 @@ def validation_cases(
     chosen = []
     for hospital in (h for h in hospitals if h.modality in modalities):
         cases = hospital.val or hospital.train
-        holds = np.array([case.volume.counts[1:] > 0 for case in cases])  # (cases, organs)
+        holds = np.array([case.counts[1:] > 0 for case in cases])  # (cases, organs)
         draws = generator(seed, hospital.name, "validation")
         left = torch.randperm(len(cases), generator=draws).tolist()
         taken: list[int] = []
@@ -280,40 +232,48 @@ def validation_cases(
     return chosen
 
 
-def split_into_sites(
-    source: Source, parts: Mapping[str, Sequence[PreparedCase]], sites: int
-) -> list[Hospital]:
-    """Divide the cases of a source among its hospitals; one that is only tested on stays whole."""
-    names = site_names(source, sites)
-    if source.modality:
-        check_sites(source, len(parts["train"]), sites)
-    hospitals = []
-    for i, name in enumerate(names):
-        train, val, test = (parts[split][i :: len(names)] for split in SPLITS)
-        hospitals.append(Hospital(name, source.modality, train, val, test))
-    return hospitals
-
-
-def check_sites(source: Source, n_train: int, sites: int) -> None:
-    if sites > 1 and n_train < sites:
-        raise DataError(f"--sites {sites}: {source.folder} has {n_train} training cases, too few")
-
-
-def site_names(source: Source, sites: int) -> list[str]:
-    if sites == 1 or not source.modality:
-        return [source.name]
-    return [f"{source.name}-{i + 1}" for i in range(sites)]
-
-
-def record(by_seed: Mapping[int, Iterable[Hospital]]) -> list[dict]:
-    """Which case of each hospital went where, with each seed, and what its files were."""
-    return [
-        {
-            "hospital": hospital.name,
-            "seed": seed,
-            "cases": {s: [c.volume.id for c in getattr(hospital, s)] for s in SPLITS},
-            "files": {c.volume.id: c.files for s in SPLITS for c in getattr(hospital, s)},
-        }
-        for seed, hospitals in by_seed.items()
+def record(hospitals: Iterable[Hospital]) -> dict[str, str]:
+    """{hospital and case: its split and its contents}, which a run must find unchanged."""
+    return {
+        f"{hospital.name} {case.modality} {case.id}": f"{split} {case.contents}".strip()
         for hospital in hospitals
-    ]
+        for split in SPLITS
+        for case in getattr(hospital, split)
+    }
+
+
+def warn_of_cases(prepared: Mapping[Path, PreparedCase]) -> list[str]:
+    """Each warning about cases that are used, with the names of some of their scans."""
+    files: dict[str, list[Path]] = {}
+    for image, case in prepared.items():
+        for warning in case.warnings:
+            files.setdefault(warning, []).append(image)
+    return [f"{listed(images)}: {warning}" for warning, images in files.items()]
+
+
+def warn_of_copies(sources: Iterable[Source], prepared: Mapping[Path, PreparedCase]) -> list[str]:
+    """A warning for scans that are there twice, one of them to train on, by their voxels."""
+    first: dict[int, Path] = {}
+    copies = []
+    for source in sources:  # those of --test come last
+        for image in (case.image for case in source.cases if case.image in prepared):
+            twin = first.get(prepared[image].image_crc)
+            if twin:
+                copies.append(f"{image} is a copy of {twin}")
+            elif source.modality:
+                first[prepared[image].image_crc] = image
+    what = f"{len(copies)} scans are there twice, so training cases may be tested on"
+    return [f"{what}: {listed(copies)}"] if copies else []
+
+
+def warn_of_few(hospitals: Sequence[Hospital], modalities: Iterable[str]) -> list[str]:
+    """Warnings of what so few cases cannot tell: the best round of a modality, or anything."""
+    warnings = []
+    for modality in modalities:
+        if sum(len(h.val) for h in hospitals if h.modality == modality) < FEW:
+            few = f"fewer than three validation cases of {modality.upper()}"
+            warnings.append(f"{few}: the choice of a round by them is chance")
+    if not any(hospital.test for hospital in hospitals):
+        none = "no hospital here has a test case, so the report has none of theirs"
+        warnings.append(f"{none}; give a folder with --test, or three cases or more")
+    return warnings

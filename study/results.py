@@ -1,243 +1,279 @@
 """A run is a folder of trainings: what is in it, and the tables made of it.
 
-    config.json                 what all trainings share; its hash is the run's id
-    hospitals/NAME-seedN.json   which case of each hospital went where, and what its files were
-    results.md                  the tables; like scores.csv and history.csv, made of the trainings'
-    fedgin-1-5-p1-seed42/       a training, see trainings.py
+    config.json            the settings that all trainings share
+    cases-seed42.json      the split and the contents of each case, by hospital
+    results.md             the tables; like scores.csv and history.csv, made from the trainings'
+    fedgin-1-5-p1-seed42/  a training
+        training.json      what it is, on how many cases it trains, and where it began
+        checkpoint.pt      its state after the last round, until model.pt is there
+        history.csv        loss, validation Dice and seconds by round
+        model.pt           its best weights and its history, for scripts.predict
+        testing.json       the scores of the test under way, written after every case
+        scores.json        testing.json, renamed after the last case: the training is finished
+        lock               held by the process that works on it
 
-Nothing is removed or merged: what is not there is to be done. Files are whole or absent.
+Nothing is removed or merged: whatever is missing is still to be done. Files are whole or absent.
 """
 
 import contextlib
 import dataclasses
-import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+import os
+import platform
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from tqdm import tqdm
 
+from data import NORMALIZATION
 from scans import files
+from scans.cases import PreparedCase
 from scans.files import DataError
 from study import tables
-from study.config import Config, Training
-from study.hospitals import Hospital, validation_cases
-from study.trainings import ELSEWHERE, TrainingFolder, environment
+from study.config import VERSION, Checkpoint, Config, Round, Training
+from study.hospitals import Hospital, record
 
-MADE_BY = {"made by": "fedgin.py", "format": 3}
-NOT_SHARED = ("arms", "ratios", "gin_probability", "seeds", "out", "cache", "no_cache")
-OWNED = (
-    "history.csv",
-    "scores.csv",
-    "results.md",
-    "hospitals",
-    "predictions.json",
-    "*/training.json",
-)
-FOLDERS = ("ct", "mri", "test")  # settings that name folders, however they are written
+MADE_BY = {"made by": "fedgin.py", "format": 4}
+NOT_SHARED = ("arms", "ratios", "gin_probability", "seeds", "out", "cache")
+FOLDERS = ("ct", "mri", "test")  # settings that name folders, which may be moved
+OWNED = ("history.csv", "scores.csv", "results.md", "predictions.json")  # without config.json: not
+OF_MODELS = ("organs", "spacing", "patch", "width", "depth")  # settings that predictions need
+ROOT = Path(__file__).parent.parent
+MODULES = ("data", "evaluate", "federated", "fedgin", "gin", "unet3d")
+
+
+class TrainingFolder:
+    """The folder of one training. Only the process that holds it may write (see RunFolder.hold)."""
+
+    def __init__(self, config: Config, training: Training) -> None:
+        self.config, self.training = config, training
+        self.path = Path(config.out) / training.folder
+        self.name = f"{training.label}, seed {training.seed}"
+
+    def is_finished(self) -> bool:
+        return (self.path / "scores.json").exists()
+
+    def is_trained(self) -> bool:
+        return (self.path / "model.pt").exists()
+
+    def begin(self, n_cases: Mapping[str, float], device: torch.device) -> None:
+        """Note, once, what is trained, on how many cases of each hospital, and where."""
+        if not (self.path / "training.json").exists():
+            metadata = {"training": dataclasses.asdict(self.training), "cases": dict(n_cases)}
+            metadata["environment"] = environment(device)
+            files.write(self.path / "training.json", files.to_json(metadata))
+
+    def metadata(self) -> dict[str, Any]:
+        return files.read_json(self.path / "training.json")
+
+    def checkpoint(self) -> Checkpoint:
+        """What the training has reached; raises DataError for a damaged file."""
+        path = self.path / ("model.pt" if self.is_trained() else "checkpoint.pt")
+        if not path.exists():
+            return Checkpoint()
+        found = files.read_pt(path)
+        with files.reading(path):
+            found["history"] = tuple(Round(**row) for row in found["history"])
+            if self.is_trained():  # its weights are the best ones
+                found |= {"best_weights": found["weights"], "weights": None}
+            return Checkpoint(**{f.name: found[f.name] for f in dataclasses.fields(Checkpoint)})
+
+    def keep_round(self, checkpoint: Checkpoint) -> None:
+        """Write the checkpoint, and the history so far."""
+        content = {**vars(checkpoint), "history": [vars(row) for row in checkpoint.history]}
+        files.write(self.path / "checkpoint.pt", files.to_pt(content))
+        self._write_history(checkpoint)
+
+    def keep_model(self, checkpoint: Checkpoint) -> None:
+        """Write the best weights of a training that is through, and the settings they need."""
+        model = {name: getattr(self.config, name) for name in OF_MODELS}
+        model["normalization"] = {**NORMALIZATION, "ct": self.config.ct_window}
+        content = {
+            "arm": self.training.label,
+            "seed": self.training.seed,
+            "model": {**model, "phantoms": self.config.on_phantoms},
+            "weights": checkpoint.best_weights,
+            "round": checkpoint.round,
+            "best_round": checkpoint.best_round,
+            "best_dice": checkpoint.best_dice,
+            "history": [vars(row) for row in checkpoint.history],
+        }
+        files.write(self.path / "model.pt", files.to_pt(content))
+        (self.path / "checkpoint.pt").unlink(missing_ok=True)
+
+    def _write_history(self, checkpoint: Checkpoint) -> None:
+        rows = []
+        for done in checkpoint.history:
+            row = {**dataclasses.asdict(self.training), "round": done.round}
+            row |= {"seconds": round(done.seconds, 2), "loss": tables.mean(done.losses.values())}
+            row |= {f"val_dice_{m}": done.val_dice.get(m, "") for m in ("mri", "ct")}
+            rows.append(row | {f"loss {name}": loss for name, loss in done.losses.items()})
+        files.write(self.path / "history.csv", files.to_csv(rows))
+
+    def history(self) -> list[dict[str, str]]:
+        """A row per round, as far as the training has come."""
+        path = self.path / "history.csv"
+        return files.read_csv(path) if path.exists() else []
+
+    def scores(self) -> list[dict[str, Any]]:
+        """Of the test cases so far, a row an organ, the organs of a case one after another."""
+        path = self.path / ("scores.json" if self.is_finished() else "testing.json")
+        return files.read_json(path)["scores"] if path.exists() else []
+
+    def n_tested(self) -> int:
+        """How many test cases are scored."""
+        return len(self.scores()) // len(self.config.organs)
+
+    def keep_scores(self, hospital: Hospital, case: PreparedCase, scores: Mapping) -> None:
+        """Add the scores of a test case, {organ: what score_case gives}."""
+        of_case = {
+            **dataclasses.asdict(self.training),
+            "hospital": hospital.name,
+            "scanner": "own" if hospital.modality else "other",
+            "case": case.id,
+            "modality": case.modality,
+        }
+        self._write_scores(self.scores() + tables.score_rows(of_case, scores))
+
+    def _write_scores(self, scores: Sequence[Mapping]) -> None:
+        files.write(self.path / "testing.json", files.to_json({"scores": scores}))
+
+    def finish(self, checkpoint: Checkpoint, all_scores: Sequence[Mapping] | None = None) -> None:
+        """End a training whose last test case is scored; all_scores: with those of other sites."""
+        self._write_history(checkpoint)
+        self._write_scores(self.scores() if all_scores is None else all_scores)
+        (self.path / "testing.json").replace(self.path / "scores.json")
+        files.sync_folder(self.path)
 
 
 class RunFolder:
-    """Of a run: which of its trainings are finished, and the folders of all."""
+    """The folder of a run: its settings, its trainings and its tables."""
 
-    def __init__(self, config: Config, order: Sequence[str]) -> None:
-        """order: all arms there are, as rows of tables follow one another.
+    def __init__(self, config: Config, trainings: Sequence[Training], arms: Sequence[str]) -> None:
+        """trainings: those asked for; arms: all that there are, in the order of a table's rows.
 
         Raises DataError for a folder of something else, and for a run with other settings.
         """
-        self.config, self.out, self.order = config, Path(config.out), order
-        fields = dataclasses.asdict(config)
-        settings = {key: value for key, value in fields.items() if key not in NOT_SHARED}
-        settings |= {k: [str(Path(folder).resolve()) for folder in settings[k]] for k in FOLDERS}
-        self.settings = json.loads(json.dumps({**MADE_BY, **settings}))
-        self.id = files.sha256(files.to_json(self.settings))
-        self._compare_settings()
-
-    def _compare_settings(self) -> None:
+        self.config, self.out = config, Path(config.out)
+        self.trainings, self.arms = trainings, arms
+        settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_SHARED}
+        for key in FOLDERS:
+            settings[key] = [os.path.basename(os.path.abspath(folder)) for folder in settings[key]]
+        self.settings = {**MADE_BY, **settings}
         path = self.out / "config.json"
-        if not path.exists():
-            for name in OWNED:  # without config.json they are somebody else's
-                for foreign in self.out.glob(name):
-                    what = "is there, and no config.json of a run beside it"
-                    raise DataError(f"{foreign}: {what}; {ELSEWHERE}")
-            files.check_writable(self.out)
-            return
-        kept = files.read_json(path)
-        if kept.get("made by") != MADE_BY["made by"]:
-            what = (
-                "is of version 1, which must end it" if "gin_probability" in kept else "is no run's"
-            )
-            raise DataError(f"{path}: {what}; {ELSEWHERE}")
-        if kept != self.settings and self._any_begun():
-            raise DataError(f"{self.out}: {_differences(kept, self.settings)}, or {ELSEWHERE}")
+        if path.exists():
+            kept = files.read_json(path)
+            if any(kept.get(key) != value for key, value in MADE_BY.items()):
+                what = "is not of a run of version 3; finish an older run with its own version"
+                raise DataError(f"{path}: {what}, or choose another --out")
+            files.check_same(path, kept, self.settings)
+        for name in OWNED if not path.exists() else ():
+            if (self.out / name).exists():
+                what = "is there, and no config.json of a run beside it; choose another --out"
+                raise DataError(f"{self.out / name}: {what}")
 
-    def _any_begun(self) -> bool:
-        return any(True for _ in self.out.glob("*/training.json"))
-
-    def open(self, records: Iterable[dict]) -> None:
-        """Write what all trainings share, or compare it with what is there.
-
-        records: of each hospital and seed, "hospital", "seed", "cases" by split, and their "files".
-        Raises DataError, naming what differs.
-        """
-        hospitals = self.out / "hospitals"
+    def open(self, by_seed: Mapping[int, Iterable[Hospital]]) -> None:
+        """Write the settings and which case is where, or compare them with what is there."""
         with files.lock(self.out / "lock", wait=True):
-            self._compare_settings()
-            files.write(self.out / "config.json", files.to_json(self.settings))
-            hospitals.mkdir(exist_ok=True)
-            seeds = {folder.training.seed for folder in self.begun()}
-            paths = [path for seed in seeds for path in hospitals.glob(f"*-seed{seed}.json")]
-            kept = {path: files.read_json(path) for path in sorted(paths)}
-            for record in json.loads(json.dumps(list(records))):
-                own = hospitals / f"{record['hospital']}-seed{record['seed']}.json"
-                for path, other in kept.items():
-                    with files.blaming(path, ELSEWHERE):
-                        if path == own or other["hospital"] == record["hospital"]:
-                            _compare_records(other, record, same_seed=path == own)
-                if own not in kept:
-                    files.write(own, files.to_json(record), root=self.out)
+            files.claim(self.out / "config.json", self.settings)
+            for seed, hospitals in by_seed.items():
+                files.claim(self.out / f"cases-seed{seed}.json", record(hospitals))
 
     def folder(self, training: Training) -> TrainingFolder:
-        return TrainingFolder(self.config, self.id, training)
+        return TrainingFolder(self.config, training)
 
-    def unfinished(self, trainings: Iterable[Training]) -> list[Training]:
-        return [training for training in trainings if not self.folder(training).is_finished()]
+    def unfinished(self) -> list[Training]:
+        return [each for each in self.trainings if not self.folder(each).is_finished()]
 
-    def take(self, trainings: Sequence[Training]) -> Iterator[TrainingFolder]:
-        """The folder of each training in turn that is unfinished and that nobody holds, held.
+    @contextlib.contextmanager
+    def hold(self, folder: TrainingFolder) -> Iterator[bool]:
+        """Hold the folder of a training; yield False if another process holds or has finished it.
 
-        After each of them the tables are written anew.
+        Afterwards the tables are written anew.
         """
-        for training in trainings:
-            folder = self.folder(training)
-            with contextlib.ExitStack() as stack:
-                # Not while another process looks who holds it, and holds it for that moment.
-                with files.lock(self.out / "lock", wait=True):
-                    held = stack.enter_context(files.lock(folder.path / "lock"))
-                if not held or folder.is_finished():
-                    continue
-                yield folder
-            self.report(trainings)
-
-    def count_steps(
-        self, chosen: Mapping[Training, Collection[str]], by_seed: Mapping[int, Sequence[Hospital]]
-    ) -> int:
-        """Batches to train on and cases to segment until all is done; see console.Progress.
-
-        chosen: {training: the hospitals that train}.
-        """
-        config, total = self.config, 0
-        for training, names in chosen.items():
-            hospitals, folder = by_seed[training.seed], self.folder(training)
-            rounds = range(folder.checkpoint().round + 1, config.rounds + 1)
-            n_validations = sum(config.is_validated(round_) for round_ in rounds)
-            modalities = [hospital.modality for hospital in hospitals if hospital.name in names]
-            n_val = len(validation_cases(training.seed, hospitals, modalities))
-            total += len(rounds) * config.local_steps * len(names) + n_validations * n_val
-            total += sum(len(hospital.test) for hospital in hospitals) - folder.n_tested()
-        return total
+        with files.lock(folder.path / "lock") as held:
+            if not held:
+                tqdm.write(f"{folder.name}: another process is at work on it", file=sys.stderr)
+            yield held and not folder.is_finished()
+        self.report()
 
     def begun(self) -> list[TrainingFolder]:
-        """Of all trainings that have begun, by arm, ratio, p and seed."""
+        """All trainings that have begun, by arm, ratio, p and seed."""
 
         def rank(folder: TrainingFolder) -> tuple:
             training = folder.training
-            return self.order.index(training.arm), training.ratio, -(training.p or 0), training.seed
+            return self.arms.index(training.arm), training.ratio, -(training.p or 0), training.seed
 
         folders = []
         for path in self.out.glob("*/training.json"):
-            about = files.read_json(path)
-            with files.blaming(path, ELSEWHERE):
-                folders.append(self.folder(Training(**about["training"])))
-                if folders[-1].path != path.parent or about["training"]["arm"] not in self.order:
-                    raise ValueError("it is of another training or version")
+            metadata = files.read_json(path)
+            with files.reading(path):
+                folders.append(self.folder(Training(**metadata["training"])))
         return sorted(folders, key=rank)
 
-    def describe(self, trainings: Sequence[Training]) -> str:
-        """What is there of the trainings: how many are finished, and how far the others are."""
-        left = self.unfinished(trainings)
-        lines = [f"{self.out}: {len(trainings) - len(left)} of {len(trainings)} trainings finished"]
+    def describe(self) -> str:
+        """How many trainings are finished, and how far the others are."""
+        left, n = self.unfinished(), len(self.trainings)
+        lines = [f"{self.out}: {n - len(left)} of {n} trainings finished"]
         for folder in map(self.folder, left):
-            reached = folder.checkpoint().round
+            reached = len(folder.history())
             if folder.is_trained():
                 lines.append(f"{folder.name}, in its test")
             elif reached:
                 lines.append(f"{folder.name}, in round {reached + 1} of {self.config.rounds}")
-        if not left:
-            last = max(self.folder(t).about["finished"] for t in trainings)
-            versions = {self.folder(t).about["trained on"][-1]["version"] for t in trainings}
-            lines.append(f"the last one on {last}, by version {' and '.join(sorted(versions))}")
         return ", ".join(lines)
 
-    def report(self, trainings: Iterable[Training]) -> str:
-        """Write results.md, scores.csv and history.csv; return what is for the screen."""
+    def report(self) -> str:
+        """Write results.md, scores.csv and history.csv; return the text for the screen."""
         with files.lock(self.out / "lock", wait=True):
             begun, organs = self.begun(), self.config.organs
             done = [folder for folder in begun if folder.is_finished()]
+            n_left = len({folder.training for folder in begun} | {*self.trainings}) - len(done)
             scores = [score for folder in done for score in folder.scores()]
-            left = {folder.training for folder in begun} | {*trainings}
-            left -= {folder.training for folder in done}
-            title = self._title(done, len(left))
-            remarks = "\n".join([*self._elsewhere(left), *_remarks(done)])
-            shown = "\n\n".join(filter(None, [title, tables.screen(scores, organs), remarks]))
-            cases = [f"    {folder.name}: {folder.about['cases']}" for folder in done]
-            text = [shown, tables.details(scores, organs), "Training cases:", "\n".join(cases)]
-            files.write_rows(self.out / "scores.csv", scores, tables.SCORE)
+            screen = tables.screen(scores, organs)
+            shown = [part for part in (self._title(done, n_left), screen, *remarks(done)) if part]
+            cases = [f"    {folder.name}: {folder.metadata()['cases']}" for folder in done]
+            text = [*shown, tables.details(scores, organs), "Training cases:", "\n".join(cases)]
             rows = [row for folder in begun for row in folder.history()]
-            files.write_rows(self.out / "history.csv", rows)
+            files.write(self.out / "scores.csv", files.to_csv(scores, tables.SCORE))
+            files.write(self.out / "history.csv", files.to_csv(rows))
             files.write(self.out / "results.md", files.to_bytes("\n\n".join(text) + "\n"))
-        return f"{shown}\n\nAll tables: {self.out / 'results.md'}"
+        return "\n\n".join([*shown, f"All tables: {self.out / 'results.md'}"])
 
     def _title(self, done: Sequence[TrainingFolder], n_left: int) -> str:
         seeds = " ".join(dict.fromkeys(str(folder.training.seed) for folder in done))
         source = "scans"
         if self.config.on_phantoms:
             source = "PHANTOMS (synthetic volumes, not patients)"
-        left = f"; NOT FINISHED: {n_left} trainings" if n_left else ""
+        left = f"; NOT FINISHED: {n_left} of the trainings" if n_left else ""
         return f"## Test Dice, {self.config.scenario} scenario, seeds {seeds}: {source}{left}"
 
-    def _elsewhere(self, trainings: Iterable[Training]) -> list[str]:
-        """Which trainings other processes are at work on."""
-        lines = []
-        for folder in map(self.folder, trainings):
-            holder = files.holder(folder.path / "lock")
-            if holder:
-                lines.append(f"under way elsewhere: {folder.name} ({holder})")
-        return sorted(lines)
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What may change the last digits of a training."""
+    code = b"".join((ROOT / f"{name}.py").read_bytes() for name in MODULES)
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "version": VERSION,
+        "modules": files.sha256(code),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }
 
 
-def _remarks(done: Iterable[TrainingFolder]) -> list[str]:
-    """In what finished trainings differ that should be alike, and whose models are gone."""
-    lines = []
-    for key in environment(torch.device("cpu")):
-        values = sorted({str(where[key]) for place in done for where in place.about["trained on"]})
-        if len(values) > 1:
-            lines.append(f"NOTE: trainings differ in {key}: {', '.join(values)}")
-    lines += [f"NOTE: the model of {p.name} is gone" for p in done if not p.is_trained()]
-    return lines
-
-
-def _differences(kept: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    differ = [
-        f"{key} {_shown(kept.get(key))}, now {_shown(settings.get(key))}"
-        for key in sorted({*kept, *settings})
-        if kept.get(key) != settings.get(key)
+def remarks(done: Iterable[TrainingFolder]) -> list[str]:
+    """A note for each thing in which finished trainings began in different environments."""
+    values: dict[str, dict[str, None]] = {}
+    for folder in done:
+        for key, value in folder.metadata()["environment"].items():
+            values.setdefault(key, {})[str(value)] = None
+    return [
+        f"NOTE: trainings differ in {key}: {', '.join(sorted(found))}"
+        for key, found in values.items()
+        if len(found) > 1
     ]
-    why = "; rounds cannot be added, as the learning rate falls to 0 over those planned"
-    more = why if kept.get("rounds") != settings.get("rounds") else ""
-    return f"holds a run with other settings: {'; '.join(differ)}{more}. Give its own settings"
-
-
-def _compare_records(kept: Mapping[str, Any], now: Mapping[str, Any], same_seed: bool) -> None:
-    """Raise DataError for a hospital whose files or cases are others than before."""
-    changed = [i for i, stamps in now["files"].items() if kept["files"].get(i, stamps) != stamps]
-    if changed:
-        raise DataError(f"files of {now['hospital']} have changed: {', '.join(changed)}")
-    if same_seed and kept["cases"] != now["cases"]:
-        raise DataError(f"{now['hospital']} has other cases, or splits them otherwise")
-    if same_seed and kept != now:
-        raise DataError(f"it is no longer the record of {now['hospital']}")
-
-
-def _shown(value: Any) -> str:
-    return " ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)

@@ -34,15 +34,6 @@ def score_rows(about: Score, scores: Mapping[str, Mapping]) -> list[dict[str, An
     return [{**about, "organ": organ, **nothing, **found} for organ, found in scores.items()]
 
 
-def parse_score(row: Mapping[str, str]) -> dict[str, Any]:
-    """A score as it is read from a CSV file; raises ValueError or KeyError for another row."""
-    score: dict[str, Any] = {key: row[key] for key in SCORE}
-    score["seed"], score["p"] = int(row["seed"]), float(row["p"]) if row["p"] else None
-    for metric in METRICS:
-        score[metric] = float(row[metric]) if row[metric] else math.nan
-    return score
-
-
 def training_of(score: Score) -> Training:
     return Training(score["seed"], score["arm"], score["ratio"], score["p"])
 

@@ -12,12 +12,14 @@ from scans import files
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--rounds", "4", "--local-steps", "2", "--batch-size", "2", "--patch", "32"]
-TINY += ["--gin-probability", "1"]
-TINY += ["--width", "2", "--depth", "2", "--arms", "fl", "fedgin"]
+TINY += ["--width", "2", "--depth", "2"]
+SEVERAL = {"--arms": ["fl", "fedgin"], "--gin-probability": ["1"]}
 
 
 def command(*args):
-    return fedgin.main([*TINY, *map(str, args)])
+    """SEVERAL stands where args have other values, because a flag given twice adds up."""
+    several = [word for flag, v in SEVERAL.items() if flag not in args for word in (flag, *v)]
+    return fedgin.main([*TINY, *several, *map(str, args)])
 
 
 # ------------------------------------------------------------------------- what must be the same
@@ -79,7 +81,7 @@ import torch, torch._dynamo
 import fedgin
 from scans import phantom
 from study import hospitals
-from study.trainings import TrainingFolder
+from study.results import TrainingFolder
 
 STEPS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree", "fcntl.flock"}
 hospitals.PHANTOM_SPLITS = {"train": range(3), "val": range(3, 4), "test": range(4, 5)}
@@ -104,7 +106,7 @@ def note(name, what):
     setattr(TrainingFolder, name, noted)
 
 note("keep_round", lambda checkpoint: f"round {checkpoint.round}")
-note("keep_scores", lambda hospital, case, scores: f"test {hospital.name} {case.volume[:2]}")
+note("keep_scores", lambda hospital, case, scores: f"test {hospital.name} {case[:2]}")
 
 def stop(at, number):
     left = [at]
