@@ -14,8 +14,10 @@ import data
 from evaluate import sliding_window
 from federated import Client, RunningAverage, federated_rounds, train_locally
 from gin import GIN
+from scans import files
 from study import inference
 from study.inference import choose_device, load_model, mixed_precision, segment
+from study.results import TrainingFolder
 from unet3d import UNet3D, memory_format, segmentation_loss
 
 pytestmark = [
@@ -146,9 +148,27 @@ def test_memory_does_not_grow_with_the_hospitals(device):
     assert peak_memory(32, 1) <= 1.01 * peak_memory(2, 16)
 
 
-def test_a_run_goes_through_and_a_cpu_reads_its_model(tmp_path):
-    assert tiny.command("--scenario", "limited", "--seeds", 1, "--out", tmp_path / "out") == 0
-    model, _ = load_model(tmp_path / "out/fedgin-1-5-p1-seed1/model.pt", CPU)
+def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
+    args = ["--scenario", "limited", "--seeds", 1, "--out"]
+    keep_round, kept = TrainingFolder.keep_round, []
+
+    def stop(folder, checkpoint):
+        keep_round(folder, checkpoint)
+        kept.append(checkpoint.round)
+        if len(kept) == 3:
+            raise KeyboardInterrupt
+
+    assert tiny.command(*args, tmp_path / "calm") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingFolder, "keep_round", stop)
+        assert tiny.command(*args, tmp_path / "out") == 130
+    assert kept == [1, 2, 3]
+    assert tiny.command(*args, tmp_path / "out") == 0
+    calm, resumed = (files.read_csv(tmp_path / name / "history.csv") for name in ("calm", "out"))
+    for a, b in zip(calm, resumed, strict=True):  # cuDNN may add up in another order
+        assert [b[name] for name in ("seed", "arm", "round")] == [a["seed"], a["arm"], a["round"]]
+        assert float(b["loss"]) == pytest.approx(float(a["loss"]), rel=0.02)
+    model, _ = load_model(tmp_path / "out/fedgin-1-5-p1-seed1/model.pt", CPU)  # by a GPU
     assert next(model.parameters()).device == CPU
 
 

@@ -2,7 +2,6 @@
 
 import ast
 import contextlib
-import dataclasses
 import io
 import re
 import shutil
@@ -13,25 +12,26 @@ import monai.transforms
 import numpy as np
 import pytest
 import torch
+from conftest import write_totalsegmentator
 from matplotlib import pyplot as plt
 from torch.utils.data import DataLoader, TensorDataset
 
 import figures
 import gin
 import method_figures
-from data import Volume, normalize
+from data import normalize
 from fedgin import ARMS
 from scans.cases import PreparedCase
 from scans.phantom import make_phantom
-from study.config import VERSION, Best, Checkpoint, Config, Round, Training
-from study.hospitals import Hospital
+from study import tables
+from study.config import VERSION, Checkpoint, Config, Training
+from study.hospitals import PHANTOM_SPLITS, Hospital
 from study.results import RunFolder
 from unet3d import UNet3D
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 METHOD = (ROOT / "docs/method.md").read_text(encoding="utf-8")
 QUOTE = re.compile(
     r"From\s`([\w.]+)`\sin\s\[(\w+\.py)\]\(\.\./\2\):\n\n```python\n(.*?)```", re.DOTALL
@@ -90,45 +90,29 @@ def test_one_version_is_named_everywhere():
     assert latest == f"{version} ({date})"
 
 
-def test_readmes_snippets_are_short():
-    for snippet, limit in zip(SNIPPETS, (8 + 3, 3, 3), strict=True):  # three imports
-        assert len([line for line in snippet.splitlines() if line]) <= limit
-
-
-def test_readmes_snippet_trains_an_arm_and_writes_nothing(tmp_path, monkeypatch, capfd):
-    quick, names = SNIPPETS[0].replace("local_steps=2", "local_steps=1, width=2, depth=2"), {}
-    assert quick != SNIPPETS[0]
-    monkeypatch.chdir(tmp_path)
-    exec(quick, names)
-    printed, errors = capfd.readouterr()
-    rounds = re.findall(r"^(\d) {'mri': [\d.e-]+, 'ct': ([\d.e-]+)}$", printed, re.M)
-    assert [n for n, _ in rounds] == ["1", "2"]
-    assert all(float(dice) > 0 for _, dice in rounds)
-    assert len(names["checkpoint"].history) == len(printed.splitlines()) == 2
-    assert names["checkpoint"].best.weights is not None
-    assert sorted(names["clients"]) == ["ct", "mri"]
-    assert (errors, list(tmp_path.iterdir())) == ("", [])
-
-
-def test_readmes_snippets_for_monai_and_a_data_loader():
+def test_readmes_snippets_for_a_data_loader_and_monai():
+    for_loader, for_monai = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    for snippet in (for_loader, for_monai):
+        assert len([line for line in snippet.splitlines() if line]) <= 3
+    loader = DataLoader(TensorDataset(torch.randn(4, 1, 8, 8, 8), torch.zeros(4)), batch_size=2)
+    seen = []
+    exec(for_loader, {"loader": loader, "step": lambda images, labels: seen.append(images)})
+    for images, (before, _) in zip(seen, loader, strict=True):
+        assert images.shape == before.shape
+        assert not torch.allclose(images, before)
     names = {"load": monai.transforms.Identityd("image")}
-    exec(SNIPPETS[1], names)
+    exec(for_monai, names)
     case = {"image": torch.randn(1, 8, 8, 8), "label": torch.ones(1, 8, 8, 8)}
     redrawn = names["transform"](case)
     assert not torch.allclose(redrawn["image"], case["image"])
     assert redrawn["label"] is case["label"]
-    loader = DataLoader(TensorDataset(torch.randn(4, 1, 8, 8, 8), torch.zeros(4)), batch_size=2)
-    seen = []
-    exec(SNIPPETS[2], {"loader": loader, "step": lambda images, labels: seen.append(images)})
-    for images, (before, _) in zip(seen, loader, strict=True):
-        assert images.shape == before.shape
-        assert not torch.allclose(images, before)
 
 
 def test_a_slice_is_seen_from_the_feet():
     """Its indices run to the patient's right and front: right is on the left, the front is up."""
     axis, image = plt.figure().subplots(), np.arange(12.0).reshape(3, 4)
     method_figures.show(axis, image, (0, 1))
+    method_figures.mark_sides(axis)
     rows = axis.images[0].get_array()
     assert (rows[0, 0], rows[0, -1], rows[-1, 0]) == (image[-1, -1], image[0, -1], image[-1, 0])
     (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
@@ -140,160 +124,126 @@ def test_a_slice_is_seen_from_the_feet():
 
 def test_blend_is_gin_for_the_alpha_that_gin_draws():
     x = torch.from_numpy(normalize(make_phantom(1, "ct", 0)[0], "ct"))[None, None]
-    draws = torch.Generator().manual_seed(5)
-    alpha = float(gin._draw_all(x, [1, 2, 2, 2, 1], (1, 3), draws)[-1])
+    alpha = float(method_figures.draw_network(x, 5)[-1])
     expected = gin.gin(x, generator=torch.Generator().manual_seed(5))
     torch.testing.assert_close(method_figures.blend(x, alpha, (1, 3), 5), expected)
 
 
-def test_pictures_of_the_method(tmp_path):
-    figures.draw([], tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "gin.png", "gin-steps.png", "round.png", "arms.png"
-    }  # fmt: skip
-    for path in tmp_path.iterdir():
-        assert plt.imread(path).shape[1] == 1350
-        assert (ROOT / "docs" / path.name).is_file()
+def test_pictures_of_the_method_and_of_scans(ct_folder, tmp_path):
+    mri_folder = write_totalsegmentator(tmp_path / "mri", "mri", 1)
+    scans = [str(folder / "s0000") for folder in (ct_folder, mri_folder)]
+    for args in ([], ["--scans", *scans]):
+        assert figures.main([*args, "--out", str(tmp_path / "out")]) == 0
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"gin.png", "gin-steps.png", "round.svg", "arms.svg"}
+    assert [name for name in names if not (ROOT / "docs" / name).is_file()] == []
 
 
 # ------------------------------------------------------------------------------- pictures of a run
 
-CONFIG = Config(width=2, depth=2, rounds=2, mri_cases=2)
+SEEN, UNSEEN = tables.SCANNERS
 LABELS = (
-    ("mri-only",), ("fl", "1:1"), ("fl", "1:5"), ("fedgin", "1:1", 1.0), ("fedgin", "1:1", 0.5),
-    ("fedgin", "1:5", 1.0), ("fedgin", "1:5", 0.5), ("ct-only", "1:1"),
+    ("mri-only",), ("fl", "1:1"), ("fl", "1:5"), ("fedgin", "1:1", 1.0), ("fedgin", "1:1", 0.25),
+    ("fedgin", "1:5", 1.0), ("fedgin", "1:5", 0.25),
 )  # fmt: skip
 DICE = {Training(s, *label): n / 10 + s / 100 for s in (1, 3) for n, label in enumerate(LABELS, 1)}
 
 
 def keep(folder, config, dice):
-    """Let a training end with this Dice on MRI of the own scanner, and others elsewhere."""
-    modalities = ARMS[folder.training.arm].modalities
-    found = {"mri": dice, "ct": dice + 0.005}
-    folder.begin(dict.fromkeys(modalities, 2), torch.device("cpu"))
-    rounds = [Round(n, {"mri": 2.5}, {m: found[m] / n for m in modalities}, 1.5) for n in (1, 2)]
+    """Let a training end with this Dice on MRI of the seen scanner, and others elsewhere."""
+    folder.begin({"mri": 2}, torch.device("cpu"))
     weights = UNet3D(1, 6, config.width, config.depth).state_dict()
-    checkpoint = Checkpoint(2, weights, Best(0.5, 1, weights), tuple(rounds))
-    folder.keep_round(checkpoint)
-    folder.keep_model(checkpoint)
-    for scanner, factor in (("own", 1.0), ("other", 0.5)):
-        for modality, value in found.items():
-            score = {"outcome": "scored", "dice": value * factor, "hd95": 1.0, "nsd": 1.0}
-            hospital = Hospital(scanner, modality if scanner == "own" else "", (), (), ())
-            case = PreparedCase(Volume("phantom16", modality, *[np.zeros(0)] * 4), None, [])
-            folder.keep_scores(hospital, case, dict.fromkeys(config.organs, score))
-    folder.finish(checkpoint)
+    folder.keep_model(Checkpoint(1, weights, 1, 0.5, weights))
+    for name, share in (("mri", 1.0), ("", 0.5)):  # an unseen scanner is no hospital's
+        for modality, value in (("mri", dice), ("ct", dice + 0.005)):
+            score = {"outcome": "scored", "dice": value * share, "hd95": 1.0, "nsd": 1.0}
+            case = PreparedCase("16", modality, None, None, None, None)
+            scores = dict.fromkeys(config.organs, score)
+            folder.keep_scores(Hospital(name or "other", name, (), (), ()), case, scores)
+    folder.finish(Checkpoint())
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def left(tmp_path_factory):
     """What a run with two seeds, two ratios and two shares of GIN leaves."""
-    config = dataclasses.replace(CONFIG, out=str(tmp_path_factory.mktemp("docs") / "run"))
-    run_folder = RunFolder(config, list(ARMS))
-    run_folder.open([])
+    out = tmp_path_factory.mktemp("docs") / "run"
+    config = Config(width=2, depth=2, rounds=1, mri_cases=2, out=str(out))
+    run_folder = RunFolder(config, list(DICE), list(ARMS))
+    run_folder.open({})
     for training, dice in DICE.items():
         keep(run_folder.folder(training), config, dice)
-    return Path(config.out)
+    run_folder.report()
+    return out
 
 
-@pytest.fixture(autouse=True)
-def close():
-    yield
+@pytest.fixture
+def run(left, monkeypatch):
+    monkeypatch.setattr(figures, "REAL_SCANS", left / "scores.csv")
+    yield left
     plt.close("all")
-
-
-def test_validation_shows_means_over_seeds_by_ratio(run):
-    figure = figures.validation(figures.read_run(run))
-    panels = {axis.get_title(): axis for axis in figure.axes}
-    shown = {title: {line.get_label(): line for line in a.lines} for title, a in panels.items()}
-    assert list(shown) == [f"{m}, at MRI : CT {r}" for r in ("1:1", "1:5") for m in ("MRI", "CT")]
-    assert list(shown["CT, at MRI : CT 1:1"]) == ["ct-only", "fl", "fedgin p=1", "fedgin p=0.5"]
-    assert list(shown["CT, at MRI : CT 1:5"]) == ["fl", "fedgin p=1", "fedgin p=0.5"]
-    assert list(shown["MRI, at MRI : CT 1:5"]) == ["mri-only", "fl", "fedgin p=1", "fedgin p=0.5"]
-    lines = shown["MRI, at MRI : CT 1:5"]
-    assert list(lines["fl"].get_xdata()) == [1, 2]
-    assert list(lines["fl"].get_ydata()) == pytest.approx([0.32, 0.16])  # 0.31 and 0.33; halves
-    a, b = lines["fedgin p=1"], lines["fedgin p=0.5"]
-    assert a.get_color() == b.get_color() != lines["fl"].get_color()
-    assert a.get_linestyle() != b.get_linestyle()
 
 
 def test_ratios_shows_means_and_deviations(run):
     figure = figures.ratios(figures.read_run(run))
-    bars = {c.get_label(): c for c in figure.axes[0].containers}
-    assert list(bars) == ["mri-only", "ct-only", "fl", "fedgin p=1", "fedgin p=0.5"]
-    line, _, [spread] = bars["fl"]
-    assert list(line.get_ydata()) == pytest.approx([0.22, 0.32])
-    assert np.allclose(line.get_xdata(), [0, 1], atol=0.1)
-    [low, high] = spread.get_segments()[0][:, 1]
-    assert high - low == pytest.approx(2 * 0.02 / 2**0.5)  # 0.21 and 0.23
-    assert np.allclose(bars["ct-only"][0].get_xdata(), [0], atol=0.1)
-    assert list(bars["mri-only"][0].get_ydata()) == pytest.approx([0.12, 0.12])  # has no ratio
+    panels = {axis.get_title(): axis for axis in figure.axes}
+    assert list(panels) == [f"{m}, {s} scanner" for s in (SEEN, UNSEEN) for m in ("MRI", "CT")]
+    for scanner, share in ((SEEN, 1.0), (UNSEEN, 0.5)):
+        axis = panels[f"MRI, {scanner} scanner"]
+        labels = [text.get_text() for text in axis.texts]
+        assert labels == ["mri-only", "fl", "fedgin p=1", "fedgin p=0.25"]
+        lines = dict(zip(labels, axis.containers, strict=True))
+        line, _, [spread] = lines["fl"]
+        assert list(line.get_ydata()) == pytest.approx([0.22 * share, 0.32 * share])
+        assert np.allclose(line.get_xdata(), [0, 1], atol=0.15)
+        [low, high] = spread.get_segments()[0][:, 1]
+        assert high - low == pytest.approx(2 * 0.02 * share / 2**0.5)  # of 0.21 and 0.23
+        assert list(lines["mri-only"][0].get_ydata()) == pytest.approx([0.12 * share] * 2)
 
 
-def test_predictions_shows_a_case_in_its_window_and_each_model_of_the_last_ratio(run):
-    figure = figures.predictions(figures.read_run(run))
-    titles = [axis.get_title() for axis in figure.axes]
-    columns = ["target", "mri-only", "fl\n1:5", "fedgin\n1:5 p=1", "fedgin\n1:5 p=0.5"]
-    mri, ct = "MRI phantom16\npercentiles 0.5…99.5", "CT phantom16\n−160…240 HU"
-    assert titles == [mri, *columns, ct, *columns]
-    for row, modality in enumerate(("mri", "ct")):
-        image, labels = make_phantom(1, modality, 16)
-        low, high = (-160, 240) if modality == "ct" else np.percentile(image, (0.5, 99.5))
-        expected = (image.clip(low, high) - low) / (high - low)  # black is 0 and white is 1
-        scan, target = figure.axes[6 * row : 6 * row + 2]
-        black, white = scan.images[0].get_clim()
-        shown = (np.asarray(scan.images[0].get_array()) - black) / (white - black)
-        slices = [np.rot90(expected[:, :, z].T, 2) for z in range(32)]
-        [z] = [z for z in range(32) if np.allclose(shown, slices[z], atol=1e-5)]
-        assert np.array_equal(target.images[1].get_array(), np.rot90(labels[:, :, z].T, 2))
+def test_probability_shows_dice_against_p_on_phantoms_and_on_scans(run):
+    figure = figures.probability(figures.read_run(run))
+    assert [axis.get_title() for axis in figure.axes] == ["phantoms", "real scans"]
+    for axis in figure.axes:
+        shown = {line.get_label(): line[0] for line in axis.containers}
+        for name, more in (("MRI", 0.0), ("CT", 0.005)):
+            assert list(shown[name].get_xdata()) == [0, 0.25, 1]
+            dices = [0.32 + more, 0.72 + more, 0.62 + more]
+            assert list(shown[name].get_ydata()) == pytest.approx(dices)
+
+
+def test_predictions_shows_a_case_and_three_models_of_the_first_seed(run):
+    axes = figures.predictions(figures.read_run(run)).axes
+    titles = [axis.get_title().split("\n")[0] for axis in axes]
+    columns = ["reference", "mri-only", "fl 1:5", "fedgin 1:5 p=0.25"]
+    assert titles == ["MRI", *columns, "CT", *columns]
+    for modality, (scan, reference) in (("mri", axes[:2]), ("ct", axes[5:7])):
+        [(image, z)] = [
+            (normalize(image, modality), z)
+            for image, labels in (make_phantom(1, modality, n) for n in PHANTOM_SPLITS["test"])
+            for z in range(32)
+            if np.array_equal(reference.images[1].get_array(), np.rot90(labels[:, :, z].T, 2))
+        ]
+        assert np.array_equal(scan.images[0].get_array(), np.rot90(image[:, :, z].T, 2))
+        assert scan.images[0].get_clim() == pytest.approx(tuple(np.percentile(image, (0.5, 99.5))))
 
 
 def test_draws_what_a_run_has_so_far_and_says_when_there_is_nothing(run, tmp_path, capsys):
     out = shutil.copytree(run, tmp_path / "run")
 
-    def drawn(*args):
-        for path in out.rglob("*.png"):
-            path.unlink()
-        capsys.readouterr()
-        code = figures.main(list(map(str, args)))
-        return code, {path.stem for path in out.rglob("*.png")}, capsys.readouterr().err
+    def drawn(path):
+        code = figures.main([str(path), "--out", str(tmp_path / "drawn")])
+        names = {each.name for each in tmp_path.glob("drawn/*")}
+        shutil.rmtree(tmp_path / "drawn", ignore_errors=True)
+        return code, names, capsys.readouterr().err
 
-    for training in DICE:  # as if none were finished, and those of seed 3 in their training
-        folder = out / training.folder
-        (folder / "scores.csv").rename(folder / "testing.csv")
-        if training.seed == 3:
-            (folder / "model.pt").unlink()
-    assert drawn(out, "--out", out / "new") == (0, {"validation", "predictions"}, "")
+    assert drawn(out) == (0, {"ratios.svg", "probability.svg", "predictions.png"}, "")
+    for path in out.glob("*/scores.json"):
+        path.rename(path.with_name("testing.json"))
+    assert drawn(out) == (0, {"predictions.png"}, "")
     for path in out.glob("*/model.pt"):
         path.unlink()
-    assert drawn(out) == (0, {"validation"}, "")
-    for path in out.glob("*/history.csv"):
-        path.unlink()
-    message = f"{out}: nothing to draw yet, as no round of the run is finished"
+    message = f"{out}: nothing to draw yet, because no training has come far enough"
     assert drawn(out) == (2, set(), f"figures.py: {message}\n")
-    assert "no run is there" in drawn(out / "new")[2]
+    assert "holds no run" in drawn(out / "new")[2]
     (out / "config.json").write_text('{"seeds": [42], "python": "3.11.7"}')  # by version 1
-    assert "the version that made it must draw it" in drawn(out)[2]
-
-
-def test_budget_shows_dice_against_steps_on_each_scanner(run, tmp_path):
-    """Two runs, of which the longer one has Dice 0.1 higher but lacks a seed and an arm."""
-    short = figures.read_run(run)
-    scores = [
-        {**score, "dice": score["dice"] + (0.1 if score["scanner"] == "own" else 0.05)}
-        for score in short.scores
-        if score["seed"] == 3 and score["arm"] != "ct-only"
-    ]
-    config = dataclasses.replace(short.config, rounds=6)
-    figure = figures.budget(short._replace(config=config, scores=scores), short)
-    titles = [axis.get_title() for axis in figure.axes]
-    assert titles == [f"{m}, {s} scanner" for s in ("own", "other") for m in ("MRI", "CT")]
-    own, other = ({x.get_label(): x for x in figure.axes[i].lines} for i in (0, 2))
-    assert set(own) == {text.get_text() for text in figure.legends[0].get_texts()}
-    assert "ct-only" not in own
-    assert list(own["mri-only"].get_xdata()) == [60, 180]
-    assert list(own["mri-only"].get_ydata()) == pytest.approx([0.13, 0.23])  # seed 3
-    assert list(other["mri-only"].get_ydata()) == pytest.approx([0.065, 0.115])
-    assert figures.main([str(run), str(run), "--out", str(tmp_path / "out")]) == 0
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["budget.png"]
+    assert "config.json: cannot be read" in drawn(out)[2]

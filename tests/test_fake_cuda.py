@@ -6,7 +6,9 @@ zeros stand in for it.
 """
 
 import collections
+import os
 
+import conftest
 import numpy as np
 import pytest
 import torch
@@ -104,7 +106,7 @@ def watch(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "numpy", numpy)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     monkeypatch.setattr(torch.Tensor, "backward", backward)
-    monkeypatch.setattr(inference, "bfloat16_problem", lambda device: "")
+    monkeypatch.setattr(inference, "bfloat16_problem", lambda: "")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     not_available = "torch.cuda.amp.common.amp_definitely_not_available"
     monkeypatch.setattr(not_available, lambda: False, raising=False)
@@ -120,6 +122,16 @@ def everyone():
     return load_hospitals(CONFIG)[0][42]
 
 
+@pytest.mark.parametrize(
+    ("marks", "seen"), [("", ""), ("not thorough", ""), ("not cuda", ""), ("cuda", "0,1")]
+)
+def test_only_the_tests_for_a_gpu_see_one(marks, seen, pytestconfig, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setattr(pytestconfig.option, "markexpr", marks)
+    conftest.pytest_configure(pytestconfig)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
+
+
 @pytest.fixture
 def model(watch):
     return fedgin.make_model(CONFIG, 42, GPU)
@@ -129,7 +141,7 @@ def train(everyone, model):
     """The steps of a hospital in a round, some of whose cases lack an organ's labels."""
     for hospital in everyone:
         for case in hospital.train[::2]:
-            case.volume.labelled[2] = False
+            case.read_volume().labelled[2] = False
     clients = fedgin.make_clients(CONFIG, Training(42, "fedgin", p=0.5), everyone, GPU)
     client, dtype = clients["mri"], inference.mixed_precision(GPU)
     return train_locally(model, client.batches(1), client.loss_function, lr=1e-3, autocast=dtype)
@@ -156,7 +168,7 @@ def test_a_round_and_its_validation_end_on_the_cpu(watch, everyone):
     clients = fedgin.make_clients(CONFIG, training, everyone, GPU)
     held_out = [hospital.val[0] for hospital in everyone if hospital.val]
     [checkpoint] = fedgin.train_arm(CONFIG, training, clients, held_out, GPU)
-    weights = checkpoint.best.weights
+    weights = checkpoint.best_weights
     assert {w.device.type for w in weights.values()} == {"cpu"}
     assert len({w.untyped_storage()._cdata for w in weights.values()}) == 1  # a single copy
 

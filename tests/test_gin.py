@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from benchmarks import gin_layer
 from gin import GIN, gin
@@ -78,11 +79,22 @@ def test_equals_the_plain_loop(x, settings, seed):
     assert torch.equal(gin(x, **settings), redrawn)  # without a generator: by the default one
 
 
-@pytest.mark.parametrize("x", IMAGES)
-def test_depthwise_convolutions_make_the_same_network(x, monkeypatch):
-    expected = gin(x, generator=seeded())
-    monkeypatch.setattr(sys.modules["gin"], "_network", gin_layer.depthwise)
-    torch.testing.assert_close(gin(x, generator=seeded()), expected, rtol=1e-4, atol=1e-5)
+def test_the_benchmarks_naive_form_has_kernels_of_the_same_sizes(monkeypatch):
+    x, sizes = torch.randn(2, 3, 6, 5, 7), {}
+
+    def convolve(name, conv3d=F.conv3d):
+        def wrapper(h, kernel, *args, **options):
+            sizes.setdefault(name, []).append(kernel.shape)
+            return conv3d(h, kernel, *args, **options)
+
+        return wrapper
+
+    for name, side in gin_layer.sides(x, calls=5).items():
+        monkeypatch.setattr(F, "conv3d", convolve(name))
+        monkeypatch.setitem(sys.modules["gin"].CONVOLUTION, 3, F.conv3d)
+        side()
+    assert sizes["naive"] == sizes["gin"]
+    assert len(sizes["gin"]) == 5 * 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

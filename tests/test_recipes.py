@@ -113,7 +113,7 @@ def test_a_folder_layout_of_ones_own(names, tmp_path, monkeypatch):
     run("Your own folder layout", names, "spacing=2.0", "spacing=9.0")
     [hospital] = names["everyone"]
     assert [len(part) for part in hospital[2:]] == [1, 1, 1]
-    assert hospital.train[0].volume.counts[1] > 100
+    assert hospital.train[0].counts[1] > 100
     config = dataclasses.replace(names["config"], organs=("liver",))
     training = names["Training"](42, "mri-only")
     clients = names["make_clients"](config, training, [hospital])
