@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.compare import alternate, device_argument, report
+from benchmarks.compare import alternate, parse, report
 from federated import train_locally
 from gin import CONVOLUTION, _draw_all, gin
 from study.inference import mixed_precision
@@ -21,7 +21,7 @@ GIN_MODULE = sys.modules[gin.__module__]
 
 
 def naive(x: Tensor, sizes: list[int]) -> Tensor:
-    """The formula as it is written: one grouped convolution a layer, in the default layout."""
+    """The formula as it is written: a grouped convolution per layer, in the default layout."""
     batch, channels = x.shape[:2]
     h, widths = x.reshape(1, batch * channels, *x.shape[2:]), [channels, 2, 2, 2, channels]
     for layer, k in enumerate(sizes):
@@ -56,7 +56,7 @@ def depthwise(h: Tensor, weights: list[Tensor]) -> Tensor:
 
 
 def sides(x: Tensor, calls: int) -> dict[str, Callable[[], object]]:
-    """So many calls of each form, from one seed and with kernels of the same sizes in each."""
+    """For each form a function that calls it `calls` times, with kernels of the same sizes."""
     torch.manual_seed(0)
     channels = [x.shape[1], 2, 2, 2, x.shape[1]]
     drawn = [_draw_all(x, channels, (1, 3), None) for _ in range(calls)]
@@ -75,7 +75,7 @@ def sides(x: Tensor, calls: int) -> dict[str, Callable[[], object]]:
 
 
 def main() -> None:
-    device = device_argument(__doc__)
+    device = parse(__doc__).device
     for patch in (32, 48, 64, 96):
         x, calls = torch.randn(2, 1, patch, patch, patch, device=device), max(2, 20 * 32 // patch)
         with torch.no_grad():
