@@ -28,7 +28,6 @@ def test_every_form_is_timed_or_named_with_what_failed(monkeypatch, capsys):
         "step, bfloat16, compiled",
         "GIN, 5 calls, gin",
         "GIN, 5 calls, naive",
-        "GIN, 5 calls, depthwise",
     ]
     assert all(re.search(r": first [\d.]+ s, then [\d.]+ s$", line) for line in lines)
     monkeypatch.setattr(probe, "leave_out_norms", fail)
