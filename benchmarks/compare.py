@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +73,7 @@ def phantom_clients(
 
 
 def alternate(
-    sides: dict[str, Callable[[], object]], device: torch.device, repeats: int, warm_up: int = 1
+    sides: Mapping[str, Callable[[], object]], device: torch.device, repeats: int, warm_up: int = 1
 ) -> dict[str, list[float]]:
     """Seconds that each side takes, `repeats` times in turn, after `warm_up` turns not counted."""
     times: dict[str, list[float]] = {name: [] for name in sides}

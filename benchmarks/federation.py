@@ -37,8 +37,8 @@ def ours(hospitals: int, device: str) -> list[float]:
     return [b - a for a, b in itertools.pairwise(ends)]
 
 
-def flowers(hospitals: int, device: str) -> list[float]:
-    """The same in a Flower simulation."""
+def flower(hospitals: int, device: str) -> list[float]:
+    """Seconds of each round of a Flower simulation."""
     from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
     from flwr.clientapp import ClientApp
     from flwr.serverapp import Grid, ServerApp
@@ -82,8 +82,8 @@ def flowers(hospitals: int, device: str) -> list[float]:
 
 def main() -> None:
     if len(sys.argv) > 3:
-        side, hospitals, device = sys.argv[1:]
-        seconds = {"ours": ours, "Flower": flowers}[side](int(hospitals), device)
+        side, n, device_name = sys.argv[1:]
+        seconds = {"ours": ours, "Flower": flower}[side](int(n), device_name)
         print(json.dumps({"rounds": seconds}))
         return
     device = parse(__doc__).device
