@@ -175,7 +175,7 @@ class RunFolder:
             files.claim(self.out / "config.json", self.settings)
             for seed, hospitals in by_seed.items():
                 now = record(hospitals)
-                for path in self.out.glob("cases-*.json"):  # other seeds split the same contents
+                for path in sorted(self.out.glob("cases-*.json")):  # of all seeds
                     kept = {k: v.split()[-1] for k, v in files.read_json(path).items() if k in now}
                     files.check_same(path, kept, {key: now[key].split()[-1] for key in kept})
                 files.claim(self.out / f"cases-seed{seed}.json", now)
