@@ -172,10 +172,11 @@ class RunFolder:
     def open(self, by_seed: Mapping[int, Iterable[Hospital]]) -> None:
         """Write the settings and which case is where, or compare them with what is there."""
         with files.lock(self.out / "lock", wait=True):
+            self.begun()  # what does not belong here is told before anything is trained
             files.claim(self.out / "config.json", self.settings)
             for seed, hospitals in by_seed.items():
                 now = record(hospitals)
-                for path in sorted(self.out.glob("cases-*.json")):  # of all seeds
+                for path in sorted(self.out.glob("cases-*.json")):  # all seeds split the same scans
                     kept = {k: v.split()[-1] for k, v in files.read_json(path).items() if k in now}
                     files.check_same(path, kept, {key: now[key].split()[-1] for key in kept})
                 files.claim(self.out / f"cases-seed{seed}.json", now)

@@ -33,14 +33,12 @@ def outcome(out):
         name = str(path.relative_to(out))
         if path.suffix == ".pt":
             content = files.read_pt(path)
-            found[name] = {**content, "history": [timeless(row) for row in content["history"]]}
+            found[name] = {**content, "history": list(map(timeless, content["history"]))}
         elif path.name == "history.csv":
             with path.open(newline="") as file:
                 found[name] = [list(timeless(row).items()) for row in csv.DictReader(file)]
-        elif path.is_dir():
-            found[name] = "a folder"
         else:
-            found[name] = path.read_bytes()
+            found[name] = "a folder" if path.is_dir() else path.read_bytes()
     return found
 
 
@@ -105,7 +103,7 @@ def note(name, what):
     setattr(TrainingFolder, name, noted)
 
 note("keep_round", lambda checkpoint: f"round {checkpoint.round}")
-note("keep_scores", lambda hospital, case, scores: f"test {hospital.name} {case.modality} {case.id}")
+note("keep_scores", lambda hospital, case, _: f"test {hospital.name} {case.modality} {case.id}")
 
 def stop(at, number):
     left = [at]
