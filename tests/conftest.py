@@ -271,5 +271,5 @@ def pytest_configure(config):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=5, help="sequences in test_killed.py (5)")
+    parser.addoption("--kills", type=int, default=3, help="sequences in test_killed.py (3)")
     parser.addoption("--first-kill", type=int, default=0, help="the seed of the first of them (0)")
