@@ -1,10 +1,10 @@
-"""Segment scans with a checkpoint of fedgin.py: one label map per scan, on the scan's own grid.
+"""Segment scans with a model of fedgin.py: one label map per scan, on the scan's own grid.
 
     python -m scripts.predict --checkpoint runs/complete/fedgin-p0.25-seed42/model.pt \\
         --images PATHS --out DIR
 
-Where there are labels it prints scores and writes them to scores.csv. A label map that is there
-already is kept: the same command goes on with what is missing.
+Scans that have labels are scored, on the screen and in scores.csv. A label map that is there is
+kept, so the same command goes on where it was stopped.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from scans.cases import labelled_organs, read_usable
 from scans.files import DataError
 from scans.layouts import LAYOUTS, MODALITIES, Case, find_cases
 from scans.nifti import read_nifti, to_nifti
-from study.console import is_foreseen, run_command, use_any_characters
+from study.console import attempt, run_command, say, use_any_characters
 from study.inference import choose_device, load_model, segment
 from study.tables import METRICS, score_rows, tables
 
@@ -35,120 +35,102 @@ ENDINGS = (".nii", ".nii.gz")
 
 
 def find_scans(
-    paths: Sequence[str],
-    out: Path,
-    modality: str | None,
-    layout: str | None,
-    organs: Sequence[str],
-) -> dict[Path, Case]:
-    """{its label map: Case} of files, folders of files and folders in a known layout.
+    paths: Sequence[str], modality: str | None, layout: str | None, organs: Sequence[str]
+) -> dict[str, Case]:
+    """{name of its label map: Case} of files, folders of files and folders in a known layout.
 
-    Ids are unique within a folder only: where several are named, each has a folder of its own below
-    out. Raises DataError for a label map that would stand for two scans.
+    Of several paths, each folder has a folder of its own among the label maps, because ids are
+    unique within a folder only. Raises DataError for two scans of one name.
     """
-    scans: dict[Path, Case] = {}
+    scans: dict[str, Case] = {}
     for path in map(Path, paths):
+        if not path.exists():
+            raise DataError(f"{path}: no such file or folder")
         found = [file for name, file in files.names_in(path).items() if name.endswith(ENDINGS)]
         if path.is_dir() and not found:
             cases = find_cases(path, modality, layout, organs)
-        elif not path.exists():
-            raise DataError(f"{path}: no such file or folder")
         else:
             cases = [case_of_file(file, modality) for file in found or [path]]
-        folder = out / path.resolve().name if path.is_dir() and len(paths) > 1 else out
+        folder = f"{path.resolve().name}/" if path.is_dir() and len(paths) > 1 else ""
         for case in cases:
-            target = folder / f"{case.id}.nii.gz"
-            if target in scans:
-                raise DataError(f"{case.image}: there is another scan named {case.id}")
+            name = f"{folder}{case.id}"
+            if name in scans:
+                raise DataError(f"{case.image}: there is another scan named {name}")
             # A new patient in a folder where others are labelled has no labels to be scored on.
             labelled = any(file.exists() for file in case.label_files(tuple(case.masks)))
-            scans[target] = case if labelled else case._replace(masks={})
+            scans[name] = case if labelled else case._replace(masks={})
     return scans
 
 
 def case_of_file(file: Path, modality: str | None) -> Case:
-    """The case of a single file, whose modality its name or the flag says."""
+    """The case of a single file, whose modality is in its name or given."""
     if not file.name.endswith(ENDINGS):
         raise DataError(f"{file}: expected a NIfTI file, whose name ends in .nii or .nii.gz")
     name = file.name.removesuffix(".gz").removesuffix(".nii").removesuffix("_0000")
-    said = name if name in MODALITIES else modality
-    if said is None:
+    kind = name if name in MODALITIES else modality
+    if kind is None:
         raise DataError(f"{file}: CT or MRI? Say so with --modality")
-    if modality not in (None, said):
-        raise DataError(f"{file}: is {said.upper()} by its name, and {modality} by --modality")
+    if modality not in (None, kind):
+        raise DataError(f"{file}: is {kind.upper()} by its name, and {modality} by --modality")
     id_ = file.absolute().parent.name if name in MODALITIES else name
-    return Case(str(file.parent), id_, said, "", file, {})
+    return Case(str(file.parent), id_, kind, "", file, {})
 
 
-class Predictions:
-    """A folder of label maps, and predictions.json, which says by what and of what they are made.
+def claim(args: argparse.Namespace, organs: Sequence[str]) -> dict[str, Any]:
+    """Claim the folder of the label maps; return what its predictions.json holds.
 
-    It is claimed for one checkpoint and one --modality. The scan of each map is noted before the
-    map is written, and no map is ever written over.
+    Raises DataError for a folder that is claimed for another checkpoint or --modality.
     """
-
-    def __init__(self, out: Path, claimed: Mapping[str, Any], organs: Sequence[str]) -> None:
-        """Begin or continue a folder; raises DataError for a folder of something else."""
-        self.out, self.path, self.claimed = out, out / "predictions.json", claimed
-        self.scans: dict[str, str] = {}
-        if self.path.exists():
-            kept = files.read_json(self.path)
-            self.scans = kept.pop("scans", {})
-            files.check_same(self.path, kept, claimed)
-            return
-        foreign = [name for name in files.names_in(out) if name != "lock"]
-        if foreign:
-            what = f"holds {files.listed(foreign)}, which this command did not make"
-            raise DataError(f"{out}: {what}; choose a new or empty --out")
-        self._write()
-        ids = {"background": 0, **{organ: n for n, organ in enumerate(organs, start=1)}}
-        files.write(out / "labels.json", files.to_json(ids))
-
-    def has_map(self, path: Path, scan: str) -> bool:
-        """Whether the label map of a scan is there; raises DataError for a map of another scan."""
-        if not path.exists():
-            return False
-        if self.scans.get(self.name(path)) != scan:
-            what = "is there, and was not made from this scan by this command"
-            raise DataError(f"{path}: {what}; move it away, or choose another --out")
-        return True
-
-    def keep_map(self, path: Path, content: bytes, scan: str) -> None:
-        self.scans[self.name(path)] = scan
-        self._write()
-        files.write(path, content)
-
-    def _write(self) -> None:
-        files.write(self.path, files.to_json({**self.claimed, "scans": self.scans}))
-
-    def name(self, path: Path) -> str:
-        return str(path.relative_to(self.out)).removesuffix(".nii.gz")
+    path, checkpoint = args.out / "predictions.json", files.sha256(args.checkpoint.read_bytes())
+    claimed = {"made by": "scripts.predict", "format": 3, "checkpoint": checkpoint}
+    claimed |= {"modality": args.modality}
+    scans: dict[str, list] = {}
+    if path.exists():
+        kept = files.read_json(path)
+        scans = kept.pop("scans", {})
+        files.check_same(path, kept, claimed)
+    ids = {"background": 0, **{organ: n for n, organ in enumerate(organs, start=1)}}
+    files.write(path, files.to_json({**claimed, "scans": scans}))
+    files.write(args.out / "labels.json", files.to_json(ids))
+    return {**claimed, "scans": scans}
 
 
 def predict(
-    case: Case, model: nn.Module, metadata: Mapping[str, Any], path: Path, predictions: Predictions
-) -> tuple[np.ndarray, np.ndarray, tuple[float, ...]] | None:
-    """Write the label map of a scan to `path`, unless it is there.
+    name: str,
+    case: Case,
+    model: nn.Module,
+    metadata: Mapping[str, Any],
+    record: dict[str, Any],
+    args: argparse.Namespace,
+) -> list[dict[str, Any]]:
+    """Write the label map of a scan, unless it is there; return its scores if it has labels.
 
-    Returns prediction, labels and spacing (mm) of a scan that has labels. Raises DataError for a
-    scan that cannot be used.
+    The scan of a map is recorded before the map is written, and no map is ever overwritten. Raises
+    DataError for a scan that cannot be used.
     """
-    size, crc = size_and_crc(case.image)
-    source = f"{case.modality}, {size} bytes, {crc:016x}"
-    made = predictions.has_map(path, source)
+    path, organs = args.out / f"{name}.nii.gz", metadata["organs"]
+    source, made = [case.modality, *size_and_crc(case.image)], path.exists()
+    if made and record["scans"].get(name) != source:
+        what = "is there, and was not made from this scan by this command"
+        raise DataError(f"{path}: {what}; move it away, or choose another --out")
     if made and not case.masks:
-        return None
-    scan, target = read_usable(case, metadata["organs"])
+        return []
+    scan, target = read_usable(case, organs)
     for warning in scan.warnings:
-        tqdm.write(f"WARNING: {case.image}: {warning}", file=sys.stderr)
+        say(f"WARNING: {case.image}: {warning}")
     if not made:
         spacing, window = metadata["spacing"], metadata["normalization"]["ct"]
         image = to_model_grid(scan.voxels, scan.spacing, case.modality, spacing, window)
         labels = segment(model, image, metadata["patch"], scan.voxels.shape)
-        predictions.keep_map(path, to_nifti(labels, scan), source)
+        record["scans"][name] = source
+        files.write(args.out / "predictions.json", files.to_json(record))
+        files.write(path, to_nifti(labels, scan))
     if not case.masks:
-        return None
-    return read_nifti(path).voxels.astype(np.uint8), target, scan.spacing
+        return []
+    labels, labelled = read_nifti(path).voxels.astype(np.uint8), labelled_organs(case, organs)
+    scores = score_case(labels, target, organs, scan.spacing, args.nsd_tolerance, labelled)
+    row = {"seed": metadata["seed"], "arm": metadata["arm"], "ratio": "", "p": None}
+    return score_rows({**row, "case": name, "modality": case.modality}, scores)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -160,13 +142,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--checkpoint", required=True, type=Path, metavar="FILE", help="model.pt of a training")
-    text = "NIfTI files or folders of them"
+    text = "NIfTI files, or folders of scans"
     add("--images", required=True, nargs="+", action="extend", metavar="PATH", help=text)
-    add("--out", required=True, type=Path, metavar="DIR", help="for label maps")
-    add("--modality", choices=NORMALIZATION, help="where names do not tell it")
-    add("--layout", choices=LAYOUTS, help="where a folder looks like two")
-    text = "mm within which a surface voxel counts as right (default: 2)"
-    add("--nsd-tolerance", type=float, default=2.0, metavar="MM", help=text)
+    text = "folder for the label maps, new or begun by the same command"
+    add("--out", required=True, type=Path, metavar="DIR", help=text)
+    text = "segment scans of this modality only; names that do not tell it are taken for it"
+    add("--modality", choices=NORMALIZATION, help=text)
+    add("--layout", choices=LAYOUTS, help="layout of the folders, if one looks like two")
+    text = "mm that a surface may be off, for NSD (default: 2)"
+    add("--nsd-tolerance", type=float, default=2.0, metavar="X", help=text)
     args = parser.parse_args(argv)
     if not (math.isfinite(args.nsd_tolerance) and args.nsd_tolerance > 0):
         parser.error(f"--nsd-tolerance must be a positive number, not {args.nsd_tolerance}")
@@ -176,62 +160,37 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> int:
     """Segment every scan that can be segmented; 1 if one could not be."""
     model, metadata = load_model(args.checkpoint, choose_device())
-    organs = metadata["organs"]
-    scans = find_scans(args.images, args.out, args.modality, args.layout, organs)
+    organs, failed, rows = metadata["organs"], list[str](), list[dict]()
+    scans = find_scans(args.images, args.modality, args.layout, organs)
     print(f"{args.checkpoint} segments {', '.join(organs)}")
     if metadata.get("phantoms"):
         print("WARNING: it was trained on PHANTOMS; what it finds in scans means nothing")
+    for warning in dict.fromkeys(warning for case in scans.values() for warning in case.warnings):
+        print(f"WARNING: {warning}")
+    names = files.names_in(args.out)
+    if names.keys() - {"lock"} and "predictions.json" not in names:
+        what = f"holds {files.listed(names)}, which this command did not make"
+        raise DataError(f"{args.out}: {what}; choose a new or empty --out")
     with files.lock(args.out / "lock") as held:
         if not held:
             raise DataError(f"{args.out}: another process is at work there; choose another --out")
-        checkpoint = files.sha256(args.checkpoint.read_bytes())
-        claimed = {"made by": "scripts.predict", "format": 3, "checkpoint": checkpoint}
-        predictions = Predictions(args.out, {**claimed, "modality": args.modality}, organs)
-        return segment_all(scans, model, metadata, predictions, args.nsd_tolerance)
-
-
-def segment_all(
-    scans: Mapping[Path, Case],
-    model: nn.Module,
-    metadata: Mapping[str, Any],
-    predictions: Predictions,
-    tolerance: float,
-) -> int:
-    """Segment scans, and score those with labels; 1 if one could not be segmented."""
-    organs, failed, rows = metadata["organs"], 0, []
-    for path, case in tqdm(scans.items(), desc="segmenting", unit="scan", disable=None):
-        try:
-            compared = predict(case, model, metadata, path, predictions)
-        except Exception as error:
-            if not is_foreseen(error):
-                error.add_note(str(case.image))
-                raise
-            named = "" if isinstance(error, DataError) else f"{case.image}: "
-            tqdm.write(f"predict: {named}{error}", file=sys.stderr)
-            failed += 1
-            continue
-        if compared:
-            labels, target, spacing = compared
-            labelled = labelled_organs(case, organs)
-            scores = score_case(labels, target, organs, spacing, tolerance, labelled)
-            row = {"seed": metadata["seed"], "arm": metadata["arm"], "ratio": "", "p": None}
-            row |= {"case": predictions.name(path), "modality": case.modality}
-            rows += score_rows(row, scores)
-    if rows:
-        print(tables(rows, organs))
-        columns = ("case", "modality", "organ", "outcome", *METRICS)
-        files.write(predictions.out / "scores.csv", files.to_csv(rows, columns))
-    n = len(scans)
-    print(f"{n - failed} of {n} scans segmented, in {predictions.out}{os.sep}")
-    return int(failed > 0)
+        record = claim(args, organs)
+        for name, case in tqdm(scans.items(), desc="segmenting", unit="scan", disable=None):
+            with attempt(name, failed):
+                rows += predict(name, case, model, metadata, record, args)
+        if rows:
+            print(tables(rows, organs))
+            columns = ("case", "modality", "organ", "outcome", *METRICS)
+            files.write(args.out / "scores.csv", files.to_csv(rows, columns))
+    print(f"{len(scans) - len(failed)} of {len(scans)} scans segmented, in {args.out}{os.sep}")
+    return int(bool(failed))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; exit code 0, 1 if a scan could not be segmented, 2 for bad input."""
     use_any_characters()
     args = parse(argv)
-    hint = "; the same command goes on with what is missing"
-    return run_command("predict", lambda: run(args), hint)
+    return run_command("predict", lambda: run(args), "; the same command goes on")
 
 
 if __name__ == "__main__":

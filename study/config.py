@@ -23,7 +23,7 @@ GROUPS = {"scenario": "experiment", "ct": "data", "rounds": "training", "out": "
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """One training of a run: an arm with a seed, at a ratio and with a share of GIN.
+    """One training of a run: an arm with a seed, a ratio and a probability of GIN.
 
     The arm's name is a key of fedgin.ARMS, the ratio one of fedgin.RATIOS.
     """
@@ -31,7 +31,7 @@ class Training:
     seed: int
     arm: str
     ratio: str = ""  # MRI : CT training cases; empty where all take part
-    p: float | None = None  # share of the images that GIN transforms; None in arms without GIN
+    p: float | None = None  # probability of GIN; None in arms without it
 
     @property
     def label(self) -> str:
@@ -48,7 +48,7 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class Round:
-    """What there is to tell of a round."""
+    """The outcome of a round."""
 
     round: int
     losses: Mapping[str, float]  # by hospital
@@ -73,7 +73,10 @@ class Checkpoint:
 
 def flag(default: Any, text: str, scans: Any = None, **more: Any) -> Any:
     """A field of Config that is a flag too; `scans` is its default on scans, where that differs."""
-    metadata = {"text": text, "phantoms": default, "scans": scans, "more": more}
+    if default not in ((), "", False, None):
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        text += f" (default: {shown}{'' if scans is None else f', on scans {scans}'})"
+    metadata = {"help": text, "phantoms": default, "scans": scans, "more": more}
     return dataclasses.field(default=default if scans is None else None, metadata=metadata)
 
 
@@ -81,53 +84,47 @@ def flag(default: Any, text: str, scans: Any = None, **more: Any) -> Any:
 class Config:
     """All that a run depends on. Raises ValueError, naming the flag, for what cannot work."""
 
-    scenario: str = flag(
-        "limited", "limited: few MRI training cases, CT added by --ratios; complete: all there is"
-    )
+    scenario: str = flag("limited", "limited: few MRI training cases; complete: all of them")
     arms: tuple[str, ...] = flag(
-        (), "ways to train, of %(choices)s (default: the scenario's)", metavar="ARM"
+        (), "ways to train, of %(choices)s (default: those of the scenario)", metavar="ARM"
     )
     ratios: tuple[str, ...] = flag(None, "MRI : CT training cases, if limited (default: 1:5)")
-    mri_cases: int = flag(None, "MRI training cases, if limited (default: 2)")
-    seeds: tuple[int, ...] = flag((42,), "a repetition each: mean ± deviation", metavar="N")
-    ct: tuple[str, ...] = flag((), "folders of CT scans, each a hospital", metavar="DIR")
-    mri: tuple[str, ...] = flag((), "folders of MRI scans, each a hospital", metavar="DIR")
-    test: tuple[str, ...] = flag((), "folders to test on, never trained on", metavar="DIR")
-    sites: int = flag(1, "hospitals into which each folder to train on, or the phantoms, is split")
-    organs: tuple[str, ...] = flag(
-        ORGANS, "to segment: what the folders label, in any spelling", metavar="ORGAN"
-    )
-    partial_labels: bool = flag(False, "let a hospital lack some organs, and train on those it has")
-    layout: str = flag("", "of the folders, where one looks like two", choices=LAYOUTS)
-    skip_bad: bool = flag(False, "leave out, and list, cases that cannot be used")
-    spacing: float = flag(SPACING, "voxel size, mm, to which scans are resampled", scans=2.0)
+    mri_cases: int = flag(None, "number of MRI training cases, if limited (default: 2)")
+    seeds: tuple[int, ...] = flag((42,), "run with each; tables show mean ± deviation", metavar="N")
+    ct: tuple[str, ...] = flag((), "folders of CT scans; each is a hospital", metavar="DIR")
+    mri: tuple[str, ...] = flag((), "folders of MRI scans; each is a hospital", metavar="DIR")
+    test: tuple[str, ...] = flag((), "folders that are only tested on", metavar="DIR")
+    sites: int = flag(1, "number of hospitals into which each --ct or --mri folder is split")
+    organs: tuple[str, ...] = flag(ORGANS, "labels to segment, in any spelling", metavar="ORGAN")
+    partial_labels: bool = flag(False, "let each hospital train on the organs that it labels")
+    layout: str = flag("", "layout of the folders, if one looks like two", choices=LAYOUTS)
+    skip_bad: bool = flag(False, "leave out, and list, the cases that cannot be used")
+    spacing: float = flag(SPACING, "voxel size in mm to which scans are resampled", scans=2.0)
     ct_window: tuple[float, float] = flag(
-        NORMALIZATION["ct"], "to which CT is clipped, HU", nargs=2, metavar=("LOW", "HIGH")
+        NORMALIZATION["ct"],
+        "range in HU to which CT is clipped",
+        nargs=2,
+        action="store",
+        metavar=("LOW", "HIGH"),
     )
-    rounds: int = flag(20, "federated rounds", scans=100)
-    local_steps: int = flag(
-        30, "batches that a hospital trains each round, whatever its size", scans=50
-    )
-    batch_size: int = flag(2, "patches a batch")
-    patch: int = flag(32, "width of a patch, voxels", scans=96)
+    rounds: int = flag(20, "number of federated rounds", scans=100)
+    local_steps: int = flag(30, "training steps per round, at every hospital", scans=50)
+    batch_size: int = flag(2, "patches per training step")
+    patch: int = flag(32, "width of a patch in voxels", scans=96)
     width: int = flag(8, "channels at the U-Net's first level", scans=32)
     depth: int = flag(4, "levels of the U-Net; 2^(depth − 1) must divide --patch", scans=5)
     lr: float = flag(
-        4e-3, "first learning rate; round t of T has (1 − (t − 1) / T)^0.9 of it", scans=1e-3
+        4e-3, "initial learning rate; round t of T uses (1 − (t − 1) / T)^0.9 of it", scans=1e-3
     )
     gin_probability: tuple[float, ...] = flag(
         (1.0, 0.25),
-        "share of the images that GIN transforms, in arms that use it, which are trained for each: "
-        "1 is the paper's, 0.25 kinder to CT",
+        "probability p that GIN is applied to a training image, in arms with GIN, which are "
+        "trained once for each p: the paper has 1; CT loses less with 0.25",
     )
-    val_every: int = flag(
-        1, "rounds from one validation to the next, on at most 8 cases a hospital", scans=5
-    )
-    nsd_tolerance: float = flag(
-        SPACING, "mm within which a surface voxel counts as right", scans=2.0
-    )
-    out: str = flag("", "folder for the results (default: one in runs/)", metavar="DIR")
-    cache: str = flag("", "for preprocessed scans (default: cache, beside --out)", metavar="DIR")
+    val_every: int = flag(1, "rounds from one validation to the next", scans=5)
+    nsd_tolerance: float = flag(SPACING, "mm that a surface may be off, for NSD", scans=2.0)
+    out: str = flag("", "folder for the results (default: runs/SCENARIO)", metavar="DIR")
+    cache: str = flag("", "folder for preprocessed scans (default: beside --out)", metavar="DIR")
 
     def __post_init__(self) -> None:
         chosen: dict[str, Any] = {
@@ -159,6 +156,9 @@ def flag_name(field: dataclasses.Field) -> str:
 
 def check(config: Config) -> None:
     """Raise ValueError, naming the flag, for a value that cannot work."""
+    low, high = config.ct_window
+    if not -math.inf < low < high < math.inf:
+        raise ValueError(f"--ct-window must be LOW below HIGH, in HU, not {low:g} {high:g}")
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), flag_name(field)
         if isinstance(value, tuple) and "" in value:
@@ -167,20 +167,15 @@ def check(config: Config) -> None:
             raise ValueError(f"{name} names something twice: {' '.join(map(str, value))}")
         if type(value) in (int, float) and not (value > 0 and math.isfinite(value)):
             raise ValueError(f"{name} must be a positive number, not {value}")
-    low, high = config.ct_window
-    if not -math.inf < low < high < math.inf:
-        raise ValueError(f"--ct-window must be LOW below HIGH, in HU, not {low} {high}")
     if not all(0 <= p <= 1 for p in config.gin_probability):
-        shares = " ".join(map(str, config.gin_probability))
-        raise ValueError(f"--gin-probability must lie between 0 and 1, not {shares}")
+        given = " ".join(map(str, config.gin_probability))
+        raise ValueError(f"--gin-probability must lie between 0 and 1, not {given}")
     if not all(0 <= seed < 2**63 for seed in config.seeds):
         raise ValueError(f"--seeds {' '.join(map(str, config.seeds))}: must lie in 0 … 2^63 - 1")
     divisor = 2 ** (config.depth - 1)
     if config.patch % divisor or config.patch == divisor:
-        raise ValueError(
-            f"--patch {config.patch} does not fit --depth {config.depth}: it must be a multiple of "
-            f"{divisor}, and larger"
-        )
+        rule = f"it must be a multiple of {divisor}, and larger"
+        raise ValueError(f"--patch {config.patch} does not fit --depth {config.depth}: {rule}")
     if Path(config.out).exists() and not Path(config.out).is_dir():
         raise ValueError(f"--out {config.out} is a file; it must be a folder, or a new name")
     if config.on_phantoms and config.spacing != SPACING:
@@ -211,8 +206,7 @@ def make_parser(
 ) -> argparse.ArgumentParser:
     """A parser with a flag for each field of Config; `choices` adds those that the caller knows.
 
-    A flag that is not given is None: Config has the defaults. A flag of several values that is
-    given twice adds up.
+    Config has the defaults. A flag of several values that is given twice adds up.
     """
     parser = argparse.ArgumentParser(
         description=description,
@@ -226,28 +220,16 @@ def make_parser(
             group = parser.add_argument_group(GROUPS[field.name])
         if field.name in leave_out:
             continue
-        options = {"default": None, **field.metadata["more"]}
-        if field.name in (choices or {}):
-            options["choices"] = (choices or {})[field.name]
-        if field.type is bool:
-            options["action"] = "store_true"
-        else:
+        options: dict[str, Any] = {"action": "store_true"}
+        if field.type is not bool:
             kind = (*get_args(field.type), field.type)[0]
-            options["type"] = kind
-            if kind is not field.type and "nargs" not in options:
+            options = {"type": kind, "metavar": {int: "N", float: "X"}.get(kind)}
+            options["choices"] = (choices or {}).get(field.name)
+            if kind is not field.type:
                 options |= {"nargs": "+", "action": "extend"}
-            options.setdefault("metavar", {int: "N", float: "X"}.get(kind))
-        help_ = field.metadata["text"] + _default(field)
-        group.add_argument(flag_name(field), help=help_, **options)
+        options |= field.metadata["more"]
+        group.add_argument(flag_name(field), help=field.metadata["help"], **options)
     return parser
-
-
-def _default(field: dataclasses.Field) -> str:
-    phantoms, scans = field.metadata["phantoms"], field.metadata["scans"]
-    if phantoms in ((), "", False, None):
-        return ""
-    shown = " ".join(map(str, phantoms)) if isinstance(phantoms, tuple) else phantoms
-    return f" (default: {shown}{'' if scans is None else f', on scans {scans}'})"
 
 
 def to_config(parser: argparse.ArgumentParser, args: argparse.Namespace, **fixed: Any) -> Config:

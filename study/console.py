@@ -1,4 +1,4 @@
-"""What a person sees: what a run is, where it is, and the line that says what ended it."""
+"""What a person sees: what a run is, how far it is, and the line that says what ended it."""
 
 import contextlib
 import dataclasses
@@ -7,7 +7,6 @@ import math
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,64 +20,59 @@ from study.config import Checkpoint, Config, Round, Training
 from study.hospitals import Hospital, validation_cases
 from study.results import TrainingFolder
 
-# Ends with a line that says what to do; any other exception is a bug and keeps its traceback.
-FORESEEN = (DataError, FloatingPointError, OSError)
-
 
 def count_steps(
     folder: TrainingFolder, names: Collection[str], hospitals: Sequence[Hospital]
 ) -> int:
-    """Batches to train on and cases to segment until a training is finished.
-
-    names: of the hospitals that train.
-    """
+    """Batches and cases until a training is finished; names: of the hospitals that train."""
     config = folder.config
     rounds = range(len(folder.history()) + 1, config.rounds + 1)
-    n_validations = sum(config.is_validated(round_) for round_ in rounds)
     modalities = [hospital.modality for hospital in hospitals if hospital.name in names]
     n_val = len(validation_cases(folder.training.seed, hospitals, modalities))
     n_test = sum(len(hospital.test) for hospital in hospitals) - folder.n_tested()
-    return len(rounds) * config.local_steps * len(names) + n_validations * n_val + n_test
+    n_batches = len(rounds) * config.local_steps * len(names)
+    return n_batches + n_val * sum(map(config.is_validated, rounds)) + n_test
 
 
+@dataclasses.dataclass
 class Watched:
-    """Items that count as a step each time one of them has been worked on."""
+    """Items of which each moves the bar once it has been worked on."""
 
-    def __init__(self, items: Iterable[Any], progress: "Progress", place: str) -> None:
-        self.items, self.progress, self.place = items, progress, place
+    items: Iterable[Any]
+    progress: "Progress"
+    place: str
 
     def __iter__(self) -> Iterator[Any]:
         self.progress.show_place(self.place)
         for item in self.items:
             yield item
-            self.progress.step()
+            self.progress.bar.update()
 
 
-class Progress:
-    """How much of a run's work is done: one bar on a terminal, one line per round elsewhere.
+class Progress(contextlib.AbstractContextManager):
+    """How far a training is: a bar on a terminal, one line per round elsewhere.
 
-    A step is a batch to train on or a case to segment; `steps` are those of each training.
+    `steps` has the batches and cases of each training. Time left is that of the training at hand,
+    because other processes may do those that follow.
     """
 
     def __init__(self, steps: Mapping[str, int]) -> None:
-        self.steps, self.total, self.done = steps, sum(steps.values()), 0
-        self.n_begun, self.began = 0, time.monotonic()
+        self.steps, self.n_begun = steps, 0
         self.name = self.place = ""
         self.failed: list[str] = []  # why attempts have failed
-        self.bar = tqdm(
-            total=self.total,
-            bar_format="{desc} |{bar}| {remaining} left{postfix}",
-            smoothing=0,
-            dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
-        )
+        self.on_terminal = sys.stderr.isatty()
+        form, where = "{desc} |{bar}| {remaining} left{postfix}", {"file": sys.stderr}
+        if not self.on_terminal:
+            form, where = "{remaining} left", {"file": io.StringIO(), "mininterval": math.inf}
+        total = sum(steps.values())
+        self.bar = tqdm(total=total, bar_format=form, smoothing=0, dynamic_ncols=True, **where)
 
     def watch(self, items: Iterable[Any], place: str = "") -> Watched:
-        """The same items; each that has been worked on is a step."""
+        """The same items; each that has been worked on moves the bar."""
         return Watched(items, self, place)
 
     def watch_clients(self, clients: Mapping[str, Client], rounds: int) -> dict[str, Client]:
-        """The same clients, whose batches are steps."""
+        """The same clients, whose batches move the bar."""
 
         def watched(client: Client) -> Client:
             def batches(round_: int) -> Iterable:
@@ -88,10 +82,6 @@ class Progress:
 
         return {name: watched(client) for name, client in clients.items()}
 
-    def step(self) -> None:
-        self.done += 1
-        self.bar.update()
-
     def show_place(self, place: str) -> None:
         self.place = place or self.place
         self.bar.set_description_str(f"{self.name}, {self.place}".replace(" of ", "/"))
@@ -100,70 +90,67 @@ class Progress:
         """Show loss and validation Dice of a round, beside the bar or in a line of its own."""
         dices = [f"{m.upper()} {dice:.2f}" for m, dice in done.val_dice.items()]
         self.bar.set_postfix_str(", ".join(dices))  # in 100 columns
-        if self.bar.disable:
+        if not self.on_terminal:
             loss = sum(done.losses.values()) / len(done.losses)
             figures = ", ".join([f"loss {loss:.2f}", *dices])
-            a_step = (time.monotonic() - self.began) / max(self.done, 1)
-            left = tqdm.format_interval(a_step * max(self.total - self.done, 0))
-            self.say(f"{self.name}, {self.place}: {figures}; {left} left")
+            say(f"{self.name}, {self.place}: {figures}; {self.bar}")
 
     def show_choice(self, reached: Checkpoint) -> None:
         """Say whose round's weights are kept at the end of a training."""
-        chosen = (
-            f"the weights of round {reached.best_round}, validation Dice {reached.best_dice:.2f}"
-        )
+        kept = f"the weights of round {reached.best_round}, validation Dice {reached.best_dice:.2f}"
         if math.isnan(reached.best_dice):
-            chosen = "no validation case holds an organ; the last weights"
-        self.say(f"{self.name}: {chosen} are kept")
-
-    def say(self, line: str) -> None:
-        """Print a line above the bar."""
-        tqdm.write(line, file=sys.stderr)
-        sys.stderr.flush()
+            kept = "no validation case holds an organ; the last weights"
+        say(f"{self.name}: {kept} are kept")
 
     @contextlib.contextmanager
     def attempt(self, name: str) -> Iterator[None]:
-        """Do a training. If it fails foreseeably, say so and let the next one follow."""
+        """Do a training; see the function attempt."""
         self.n_begun += 1
-        self.name, before = f"training {self.n_begun} of {len(self.steps)} ({name})", self.done
-        try:
+        self.name = f"training {self.n_begun} of {len(self.steps)} ({name})"
+        self.bar.reset(self.steps[name])
+        with attempt(name, self.failed):
             yield
-        except Exception as error:
-            error.add_note(name)
-            if not is_foreseen(error):
-                raise
-            self.failed.append(explain(error))
-            self.say(f"FAILED: {self.failed[-1]}")
-        # What others have done, or what has failed, is no longer to be done here.
-        self.total -= self.steps[name] - (self.done - before)
-        self.bar.total = self.total
-
-    def __enter__(self) -> "Progress":
-        return self
+        self.bar.total = self.bar.n  # though it failed, or another process did it
 
     def __exit__(self, *_: object) -> None:
         self.bar.close()
 
 
+@contextlib.contextmanager
+def attempt(name: str, failed: list[str]) -> Iterator[None]:
+    """Do a part of the work. If it fails foreseeably, say and note so, and let the next follow."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(name)
+        if not is_foreseen(error):
+            raise
+        failed.append(explain(error))
+        say(f"FAILED: {failed[-1]}")
+
+
+def say(line: str) -> None:
+    """Print a line, above a bar if there is one."""
+    tqdm.write(line, file=sys.stderr)
+
+
 def describe(config: Config, device: torch.device) -> str:
-    """What a run is, for the reader's eyes: its data first, then every setting."""
+    """What a run is: its data first, then every setting."""
     first = "FedGIN on scans"
     if config.on_phantoms:
-        first = (
-            "FedGIN on PHANTOMS: without --ct and --mri it trains on synthetic volumes, whose "
-            "figures say nothing about patients"
-        )
-    settings = [
+        what = "without --ct and --mri it trains on synthetic volumes"
+        first = f"FedGIN on PHANTOMS: {what}, whose figures say nothing about patients"
+    settings = {**dataclasses.asdict(config), "device": f"{device}, torch {torch.__version__}"}
+    lines = [
         f"  {key:16} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
-        for key, value in dataclasses.asdict(config).items()
+        for key, value in settings.items()
         if value not in ((), "", None)
     ]
-    return "\n".join([first, *settings, f"  {'device':16} {device}, torch {torch.__version__}"])
+    return "\n".join([first, *lines])
 
 
 def describe_hospitals(
-    by_seed: Mapping[int, Sequence[Hospital]],
-    chosen: Mapping[Training, Mapping[str, Sequence]],
+    by_seed: Mapping[int, Sequence[Hospital]], chosen: Mapping[Training, Mapping[str, Sequence]]
 ) -> str:
     """Who holds, and who trains on how many cases; chosen: {training: {hospital: its cases}}."""
     lines = [
@@ -172,13 +159,14 @@ def describe_hospitals(
         for h in hospitals
     ]
     for training, by_hospital in chosen.items():
-        shares = ", ".join(f"{name} {len(cases)}" for name, cases in by_hospital.items())
-        lines.append(f"{training.label + ':':27} training cases: {shares}")
-    return "\n".join(dict.fromkeys(lines))  # seeds have the same shares
+        numbers = ", ".join(f"{name} {len(cases)}" for name, cases in by_hospital.items())
+        lines.append(f"{training.label + ':':27} training cases: {numbers}")
+    return "\n".join(dict.fromkeys(lines))  # seeds have the same
 
 
 def is_foreseen(error: BaseException) -> bool:
-    return isinstance(error, FORESEEN) or is_out_of_memory(error)
+    """Whether a line can say what to do; any other error is a bug and keeps its traceback."""
+    return isinstance(error, (DataError, FloatingPointError, OSError)) or is_out_of_memory(error)
 
 
 def explain(error: BaseException) -> str:

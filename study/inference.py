@@ -34,9 +34,9 @@ def choose_device(index: int = 0) -> torch.device:
 
 @functools.cache
 def mixed_precision(device: torch.device) -> torch.dtype | None:
-    """bfloat16 where the GPU computes in it, and rightly; None, that is float32, elsewhere.
+    """bfloat16 if the GPU computes in it, and correctly; otherwise None, which means float32.
 
-    What speaks against bfloat16 is printed, once a process.
+    A problem with bfloat16 is printed, once per process.
     """
     if device.type != "cuda" or not torch.cuda.is_bf16_supported(including_emulation=False):
         return None
@@ -47,17 +47,16 @@ def mixed_precision(device: torch.device) -> torch.dtype | None:
 
 
 def bfloat16_problem() -> str:
-    """What is wrong with 3D convolutions in bfloat16 on a GPU; "" if nothing is known to be.
+    """What is known to be wrong with 3D convolutions in bfloat16 here, and what helps; or "".
 
-    With cuDNN 9.8 to 9.14 large ones gave wrong numbers (pytorch#163539), for which PyTorch takes
-    a way around cuDNN that is slow and large (pytorch#166122, #166643).
+    Large ones gave wrong numbers with cuDNN 9.8 to 9.14 (pytorch#163539), which PyTorch then
+    avoids, slowly and with more memory (pytorch#166122, #166643).
     """
-    cudnn = torch.backends.cudnn.version() or 0
-    if 90800 <= cudnn < 91500:
-        version, cuda = f"{cudnn // 10000}.{cudnn // 100 % 100}", torch.version.cuda or "12"
-        newer = f"pip install 'nvidia-cudnn-cu{cuda.split('.')[0]}>=9.16' mends them"
-        return f"bfloat16 convolutions are wrong or slow with cuDNN {version}; {newer}"
-    return ""
+    cudnn, cuda = torch.backends.cudnn.version() or 0, torch.version.cuda or "12"
+    if not 90800 <= cudnn < 91500:
+        return ""
+    newer = f"pip install 'nvidia-cudnn-cu{cuda.split('.')[0]}>=9.16' mends them"
+    return f"bfloat16 convolutions are wrong or slow with cuDNN 9.{cudnn // 100 % 100}; {newer}"
 
 
 def segment(model: nn.Module, image: np.ndarray, patch: int, size: Sequence[int]) -> np.ndarray:
@@ -67,26 +66,23 @@ def segment(model: nn.Module, image: np.ndarray, patch: int, size: Sequence[int]
     there as well if its memory holds them, and on the CPU otherwise.
     """
     device = next(model.parameters()).device
+    dtype = mixed_precision(device)
     model.eval()
+
+    def blend_on(place: torch.device) -> np.ndarray:
+        volume = torch.tensor(image)[None].to(place)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            logits = sliding_window(lambda patches: model(patches.to(device)), volume, patch)
+        return resample_labels(logits, size)
+
     if device.type != "cpu":
         try:
-            return _segment(model, image, patch, size, device)
+            return blend_on(device)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
         torch.cuda.empty_cache()  # out here, where nothing holds the tensors of the attempt
-    return _segment(model, image, patch, size, torch.device("cpu"))
-
-
-def _segment(
-    model: nn.Module, image: np.ndarray, patch: int, size: Sequence[int], blend_on: torch.device
-) -> np.ndarray:
-    device = next(model.parameters()).device
-    dtype = mixed_precision(device)
-    volume = torch.tensor(image)[None].to(blend_on)
-    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-        logits = sliding_window(lambda patches: model(patches.to(device)), volume, patch)
-    return resample_labels(logits, size)
+    return blend_on(torch.device("cpu"))
 
 
 def copy_to_cpu(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -99,15 +95,15 @@ def copy_to_cpu(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_model(path: Path, device: torch.device) -> tuple[nn.Module, dict]:
-    """The network of a trained arm, and its organs, spacing, patch, width, depth and label ("arm").
+    """The network of a model.pt, and its organs, spacing, patch, width, depth and label ("arm").
 
-    Raises DataError for a file that is none of fedgin.py's. Opening one runs no code.
+    Raises DataError for a file that is not one of fedgin.py's. Opening one runs no code.
     """
     found = read_pt(path)
     with reading(path):
         metadata, weights = found["model"], found["weights"]
         organs, patch, depth = metadata["organs"], metadata["patch"], metadata["depth"]
-        if type(patch) is not int or patch % 2 ** (depth - 1) or patch <= 2 ** (depth - 1):
+        if patch % 2 ** (depth - 1) or patch <= 2 ** (depth - 1):
             raise ValueError(f"patch {patch} does not fit depth {depth}")
         if not (organs and all(type(organ) is str for organ in organs)):
             raise ValueError(f"organs {organs}")
@@ -122,6 +118,6 @@ def load_model(path: Path, device: torch.device) -> tuple[nn.Module, dict]:
         with torch.device("meta"):  # no memory before the weights are known to fit
             model = UNet3D(1, len(organs) + 1, metadata["width"], depth)
         model.load_state_dict(weights, assign=True)
+        metadata |= {"arm": found["arm"], "seed": found["seed"], "normalization": normalization}
     model.to(device, memory_format=memory_format(device))  # type: ignore[call-overload]
-    arm = {"arm": found["arm"], "seed": found["seed"]}
-    return model, {**metadata, **arm, "normalization": normalization}
+    return model, metadata

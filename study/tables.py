@@ -1,4 +1,4 @@
-"""The tables a run ends in: scores by case and organ, boiled down over cases, organs and seeds.
+"""The tables that a run ends with: scores averaged over cases, organs and seeds.
 
 A number is the mean over organs of each organ's mean over cases; ± is the sample standard deviation
 over seeds. A score is a dict with the keys of SCORE; what is not scored has NaN for its metrics.
@@ -29,7 +29,7 @@ def mean(values: Iterable[float]) -> float:
 
 
 def score_rows(about: Score, scores: Mapping[str, Mapping]) -> list[dict[str, Any]]:
-    """What score_case gives for a case, as dicts with the keys of SCORE, one an organ."""
+    """What score_case gives for a case, as dicts with the keys of SCORE, one per organ."""
     nothing = dict.fromkeys(METRICS, math.nan)
     return [{**about, "organ": organ, **nothing, **found} for organ, found in scores.items()]
 
@@ -39,7 +39,7 @@ def training_of(score: Score) -> Training:
 
 
 def summarize(scores: Iterable[Score], organs: Sequence[str]) -> dict[str, dict[tuple, Cell]]:
-    """Boil scores down to {label of a training: {column: (mean, standard deviation over seeds)}}.
+    """Average scores to {label of a training: {column: (mean, standard deviation over seeds)}}.
 
     Columns: (metric, modality), the mean over organs of each organ's mean over cases; (organ,
     modality), its Dice; ("scored", modality), organs of cases that are scored, missed ones
@@ -53,11 +53,10 @@ def summarize(scores: Iterable[Score], organs: Sequence[str]) -> dict[str, dict[
     summary: dict[str, dict[tuple, Cell]] = {}
     for label, by_seed in by_label.items():
         rows = [_columns(group, organs) for group in by_seed.values()]
-        summary[label] = {}
         for column in rows[0]:
             values = [row[column] for row in rows if not math.isnan(row[column])]
             spread = statistics.stdev(values) if len(values) > 1 else math.nan
-            summary[label][column] = mean(values), spread
+            summary.setdefault(label, {})[column] = mean(values), spread
     return summary
 
 
@@ -77,44 +76,40 @@ def _columns(scores: Sequence[Score], organs: Sequence[str]) -> dict[tuple, floa
     return columns
 
 
-# --------------------------------------------------------------------------------------- Markdown
-
-
 def screen(scores: Sequence[Score], organs: Sequence[str]) -> str:
-    """What a run ends with: a row an arm, and FedGIN's differences to the others."""
+    """What a run ends with: a row per arm, and FedGIN's differences to the others."""
+    parts = by_scanner(scores)
     tested = {(score["scanner"], score["modality"]) for score in scores}
-    columns = [(s, m) for s in SCANNERS for m in ("mri", "ct") if (s, m) in tested]
-    scanners = list(dict.fromkeys(scanner for scanner, _ in columns))
+    columns = [(s, m) for s in parts for m in ("mri", "ct") if (s, m) in tested]
     rows = [["Dice", *(f"{m.upper()} {scanner}" for scanner, m in columns), "missed"]]
-    summaries = {scanner: summarize(_of_scanner(scores, scanner), organs) for scanner in scanners}
+    summaries = {scanner: summarize(part, organs) for scanner, part in parts.items()}
+    missed = Counter(training_of(s).label for s in scores if s["outcome"] == "missed")
     for label in dict.fromkeys(training_of(score).label for score in scores):
-        own = [score for score in scores if training_of(score).label == label]
-        missed = sum(score["outcome"] == "missed" for score in own)
         dices = [_cell(summaries[scanner][label]["dice", m]) for scanner, m in columns]
-        rows.append([label, *dices, str(missed)])
-    compared = ""
-    if scanners:
-        compared = comparisons(_of_scanner(scores, scanners[0]), f", {scanners[0]}")
+        rows.append([label, *dices, str(missed[label])])
+    first = next(iter(parts), "")
+    compared = comparisons(parts.get(first, []), f", {first}")
     return "\n\n".join(filter(None, [_markdown(rows), compared]))
 
 
-def _of_scanner(scores: Iterable[Score], scanner: str) -> list[Score]:
-    return [score for score in scores if score["scanner"] == scanner]
+def by_scanner(scores: Sequence[Score]) -> dict[str, list[Score]]:
+    """The scores of own and other scanners, without empty parts."""
+    parts = {s: [score for score in scores if score["scanner"] == s] for s in SCANNERS}
+    return {scanner: part for scanner, part in parts.items() if part}
 
 
 def details(scores: Sequence[Score], organs: Sequence[str]) -> str:
     """All tables of a run: of test cases of the hospitals that train, then of others."""
-    parts = []
-    for scanner, what in SCANNERS.items():
-        found = _of_scanner(scores, scanner)
-        if found:
-            names = ", ".join(dict.fromkeys(score["hospital"] for score in found))
-            parts += [f"### Scanners {what}: {names}", tables(found, organs), comparisons(found)]
-    return "\n\n".join(filter(None, parts))
+    texts = []
+    for scanner, part in by_scanner(scores).items():
+        names = ", ".join(dict.fromkeys(score["hospital"] for score in part))
+        texts.append(f"### Scanners {SCANNERS[scanner]}: {names}")
+        texts += [tables(part, organs), comparisons(part)]
+    return "\n\n".join(filter(None, texts))
 
 
 def tables(scores: Sequence[Score], organs: Sequence[str]) -> str:
-    """Dice and counts, surface metrics, and Dice by organ: Markdown tables, a row an arm."""
+    """Dice and counts, surface metrics, and Dice by organ: Markdown tables, a row per arm."""
     dices = [["arm", "MRI Dice", "CT Dice", "scored MRI / CT", "missed", "absent"]]
     surfaces = [["arm", "MRI HD95 mm", "CT HD95 mm", "MRI NSD", "CT NSD"]]
     by_organ = [["MRI / CT Dice", *organs]]
@@ -147,11 +142,8 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-# ------------------------------------------------------------------------------------- comparisons
-
-
 def comparisons(scores: Sequence[Score], of: str = "") -> str:
-    """A table of FedGIN against FL, local training and centralized+gin, the paper's comparisons.
+    """A table of FedGIN against FL, single modalities and centralized+gin, as in the paper.
 
     The difference in Dice on the same test cases at the same ratio and p, with its 95 % interval.
     Empty without such arms.
@@ -176,10 +168,8 @@ def comparisons(scores: Sequence[Score], of: str = "") -> str:
                 shown = f"{middle:+.3f} [{low:.3f}, {high:.3f}]{mark}"
                 row.append("–" if math.isnan(low) else shown)
             rows.append(row)
-    if len(rows) == 1:
-        return ""
     note = "\n\n\\* not distinguishable: the interval spans 0" if "*" in str(rows) else ""
-    return _markdown(rows) + note
+    return _markdown(rows) + note if len(rows) > 1 else ""
 
 
 def paired_difference(
@@ -200,12 +190,10 @@ def paired_difference(
         for scores in (a, b)
     )
     by_case: dict[tuple, dict[str, list[float]]] = {}
-    for key, dice in dice_a.items():
-        hospital, case, organ, _ = key
-        difference = dice - dice_b.get(key, math.nan)
+    for (*case, organ, seed), dice in dice_a.items():
+        difference = dice - dice_b.get((*case, organ, seed), math.nan)
         if not math.isnan(difference):
-            of_case = by_case.setdefault((hospital, case), {})
-            of_case.setdefault(organ, []).append(difference)
+            by_case.setdefault(tuple(case), {}).setdefault(organ, []).append(difference)
     if len(by_case) < 2:
         return math.nan, math.nan, math.nan
     organs = sorted({organ for found in by_case.values() for organ in found})

@@ -2,8 +2,6 @@
 
 import dataclasses
 import itertools
-import math
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,21 +10,11 @@ import pytest
 import fedgin
 from scans.files import DataError
 from scans.organs import ORGANS
-from study.config import (
-    LIMITS,
-    Best,
-    Checkpoint,
-    Config,
-    Training,
-    make_parser,
-    to_config,
-)
+from study.config import Checkpoint, Config, Training, make_parser, to_config
 
 SCANS = {"ct": ("ct_set",), "mri": ("mri_set",)}
 GPU_SIZED = {"patch": 96, "width": 32, "depth": 5, "rounds": 100, "local_steps": 50, "lr": 1e-3}
 CPU_SIZED = {"patch": 32, "width": 8, "depth": 4, "rounds": 20, "local_steps": 30, "lr": 4e-3}
-
-
 CHOICES = {"scenario": fedgin.SCENARIOS, "arms": fedgin.ARMS, "ratios": fedgin.RATIOS}
 
 
@@ -41,8 +29,8 @@ def parse(args):
 @pytest.mark.parametrize(
     ("folders", "defaults"),
     [
-        ({}, {**CPU_SIZED, "spacing": 9.0}),
-        (SCANS, {**GPU_SIZED, "spacing": 2.0}),
+        ({}, {**CPU_SIZED, "spacing": 9.0, "nsd_tolerance": 9.0, "val_every": 1}),
+        (SCANS, {**GPU_SIZED, "spacing": 2.0, "nsd_tolerance": 2.0, "val_every": 5}),
         ({"ct": ("ct_set",)}, {**GPU_SIZED, "spacing": 2.0}),
         ({"mri": ("mri_set",)}, {**GPU_SIZED, "spacing": 2.0}),
     ],
@@ -52,23 +40,20 @@ def test_phantoms_and_scans_have_defaults_of_their_own(folders, defaults):
     assert {name: getattr(config, name) for name in defaults} == defaults
     assert config.on_phantoms == (not folders)
     assert (config.seeds, config.organs, config.batch_size) == ((42,), ORGANS, 2)
+    assert config.ct_window == (-160.0, 240.0)
     flags = [word for name, value in folders.items() for word in (f"--{name}", *value)]
-    parsed = parse(" ".join(flags))
-    assert {name: getattr(parsed, name) for name in defaults} == defaults
+    assert parse(" ".join(flags)) == config
 
 
 def test_what_is_given_is_kept():
     config = Config(**SCANS, rounds=7, lr=0.1, spacing=9.0, width=8)
     assert (config.rounds, config.lr, config.spacing, config.width) == (7, 0.1, 9.0, 8)
     assert (config.local_steps, config.patch) == (50, 96)
-    assert parse("--ct a --mri b c --rounds 7 --lr 0.1 --spacing 9 --width 8") == Config(
-        ct=("a",),
-        mri=("b", "c"),
-        rounds=7,
-        lr=0.1,
-        spacing=9.0,
-        width=8,
-    )
+    flags = "--ct ct_set --mri mri_set --rounds 7 --lr 0.1 --spacing 9 --width 8"
+    assert parse(flags) == config
+    assert parse("--ct-window -200 1000").ct_window == (-200.0, 1000.0)
+    assert parse("--gin-probability 0 0.5").gin_probability == (0.0, 0.5)
+    assert parse("--ct a --partial-labels --skip-bad").skip_bad
 
 
 def test_results_and_cache_lie_in_runs_unless_told_otherwise():
@@ -78,11 +63,24 @@ def test_results_and_cache_lie_in_runs_unless_told_otherwise():
     assert Config(out="a/b/c", cache="d").cache == "d"
 
 
-def test_a_value_stands_for_a_tuple_of_one():
-    config = Config(ct="a", mri=["b", "c"], seeds=7, gin_probability=0.5, arms="fl", ratios=["1:1"])
-    assert config.ratios == ("1:1",)
-    assert (config.ct, config.mri, config.seeds) == (("a",), ("b", "c"), (7,))
-    assert (config.gin_probability, config.arms) == ((0.5,), ("fl",))
+def test_ratios_are_of_the_limited_scenario():
+    assert (Config().ratios, Config().mri_cases) == (("1:5",), 2)
+    config = Config(scenario="complete")
+    assert (config.ratios, config.mri_cases) == (None, None)
+
+
+def test_a_config_is_made_again_from_its_own_values():
+    """As dataclasses.replace does."""
+    for config in (Config(), Config(scenario="complete"), Config(**SCANS, mri_cases=3)):
+        assert dataclasses.replace(config) == config
+        assert Config(**dataclasses.asdict(config)) == config
+
+
+def test_organs_of_the_paper_are_known_in_any_spelling():
+    organs = Config(organs=("Liver", "kidney", "gall bladder")).organs
+    assert organs == ("liver", "kidneys", "gallbladder")
+    others = ("vertebrae_L1", "Left Kidney")
+    assert Config(**SCANS, organs=others).organs == others
 
 
 # ------------------------------------------------------------------------------------ what is wrong
@@ -96,20 +94,21 @@ def test_a_value_stands_for_a_tuple_of_one():
         ("--ratios 1:3", "argument --ratios: invalid choice: '1:3'"),
         ("--organs brain", "--organs brain: phantoms have liver, kidneys, spleen, pancreas, gall"),
         ("--organs liver Liver", "--organs names something twice: liver liver"),
+        ("--ct a --organs aorta Aorta", "--organs names something twice: aorta Aorta"),
+        ("--ct a --organs _", "--organs '_': is not a structure's name"),
+        ("--ct a --organs Background", "--organs 'Background': is not a structure's name"),
         ("--ct-window 5", "argument --ct-window: expected 2 arguments"),
-        (
-            "--ct-window 240 -160",
-            "--ct-window must be two numbers of HU, LOW below HIGH, not 240.0",
-        ),
-        ("--ct-window 5 5", "--ct-window must be two numbers of HU, LOW below HIGH, not 5.0 5.0"),
-        ("--ct-window nan 5", "--ct-window must be two numbers of HU, LOW below HIGH, not nan 5.0"),
-        ("--ct-window 0 inf", "--ct-window must be two numbers of HU, LOW below HIGH, not 0.0 inf"),
+        ("--ct-window 240 -160", "--ct-window must be LOW below HIGH, in HU, not 240 -160"),
+        ("--ct-window 5 5", "--ct-window must be LOW below HIGH, in HU, not 5 5"),
+        ("--ct-window nan 5", "--ct-window must be LOW below HIGH, in HU, not nan 5"),
+        ("--ct-window 0 inf", "--ct-window must be LOW below HIGH, in HU, not 0 inf"),
         ("--layout bids", "argument --layout: invalid choice: 'bids'"),
         ("--arms", "argument --arms: expected at least one argument"),
         ("--rounds many", "argument --rounds: invalid int value: 'many'"),
         ("--lr fast", "argument --lr: invalid float value: 'fast'"),
+        ("--nsd-tolerance far", "argument --nsd-tolerance: invalid float value: 'far'"),
         ("--round 3", "unrecognized arguments: --round"),
-        ("--resume", "unrecognized arguments: --resume"),
+        ("--no-cache", "unrecognized arguments: --no-cache"),
         ("--rounds 0", "--rounds must be a positive number, not 0"),
         ("--batch-size -1", "--batch-size must be a positive number, not -1"),
         ("--lr nan", "--lr must be a positive number, not nan"),
@@ -119,20 +118,13 @@ def test_a_value_stands_for_a_tuple_of_one():
         ("--seeds 1 1", "--seeds names something twice: 1 1"),
         ("--ct a b a", "--ct names something twice: a b a"),
         ("--patch 30 --depth 3", "--patch 30 does not fit --depth 3: it must be a multiple of 4"),
-        (
-            "--patch 8 --depth 4",
-            "--patch 8 does not fit --depth 4: it must be a multiple of 8, and",
-        ),
+        ("--patch 8 --depth 4", "--patch 8 does not fit --depth 4: it must be a multiple of 8"),
+        ("--ct a --patch 40", "--patch 40 does not fit --depth 5"),
         ("--test somewhere", "--test needs folders to train on"),
         ("--spacing 2", "--spacing is for scans; phantoms have voxels of 9 mm"),
         ("--out README.md", "--out README.md is a file"),
         ("--seeds -1", "--seeds -1: must lie in 0 … 2^63 - 1"),
         ("--seeds 9223372036854775808", "--seeds 9223372036854775808: must lie in 0 … 2^63 - 1"),
-        ("--rounds 1000001", "--rounds can be at most 1000000"),
-        ("--patch 8192", "--patch can be at most 4096"),
-        ("--width 5000", "--width can be at most 4096"),
-        ("--depth 13", "--depth can be at most 12"),
-        ("--sites 10001", "--sites can be at most 10000"),
         ("--scenario complete --ratios 1:1", "--ratios and --mri-cases are for --scenario limited"),
         ("--scenario complete --mri-cases 2", "--ratios and --mri-cases are for --scenario limite"),
     ],
@@ -152,85 +144,14 @@ def test_bad_flags_take_one_line_and_exit_code_2(args, message, tmp_path, capsys
     ("settings", "message"),
     [
         ({"rounds": 0}, "--rounds must be a positive number"),
-        ({"seeds": (3, 3)}, "--seeds names something twice"),
-        ({"test": ("a",)}, "--test needs folders to train on"),
-        ({"spacing": 2.0}, "--spacing is for scans"),
-        ({**SCANS, "patch": 40}, "--patch 40 does not fit --depth 5"),
-        *(
-            ({name: value}, f"--{name.replace('_', '-')} must be a whole number, not ")
-            for name in ("rounds", "seeds", "batch_size", "mri_cases", "sites", "patch")
-            for value in (2.5, True, "3", math.nan, (1, 2.0), [None])
-        ),
-        *(
-            ({name: value}, f"--{name.replace('_', '-')} must be a number, not ")
-            for name in ("lr", "spacing", "gin_probability", "ct_window")
-            for value in (True, "0.5", 10**400, [None])
-        ),
-        *(({name: 1}, f"--{name} must be text") for name in ("scenario", "arms", "ct", "out")),
-        ({"skip_bad": "no"}, "--skip-bad must be True or False"),
-        ({"no_cache": 1}, "--no-cache must be True or False"),
-        *(
-            ({name: ()}, f"--{name.replace('_', '-')} names nothing; give one at least")
-            for name in ("seeds", "organs", "gin_probability", "ratios", "ct_window")
-        ),
-        *(({name: math.nan}, f"--{name} must be a positive number") for name in ("lr", "spacing")),
-        ({"gin_probability": (0.5, math.nan)}, "--gin-probability must lie between 0 and 1"),
-        ({"seeds": (-1,)}, "--seeds -1: must lie in 0"),
-        ({"ct_window": (-160.0,)}, "--ct-window must be two numbers of HU"),
-        ({"ct_window": (-160, 0, 240)}, "--ct-window must be two numbers of HU"),
-        ({"ct_window": (240, -160)}, "--ct-window must be two numbers of HU, LOW below HIGH"),
-        ({"ct_window": (-math.inf, 240)}, "--ct-window must be two numbers of HU"),
-        ({"ct_window": (math.nan, 240)}, "--ct-window must be two numbers of HU"),
-        ({**SCANS, "organs": ("liver", "")}, "--organs '': is no structure's name"),
-        ({**SCANS, "organs": ("--",)}, "--organs '--': is no structure's name"),
-        ({**SCANS, "organs": ("Background",)}, "--organs 'Background': is no structure's name"),
-        ({**SCANS, "organs": ("a\nb",)}, "is no structure's name"),
-        ({**SCANS, "organs": ("aorta", "Aorta")}, "--organs names something twice: aorta Aorta"),
-        ({**SCANS, "organs": [f"a{i}" for i in range(256)]}, "--organs can be at most 255"),
-        ({"organs": "aorta"}, "--organs aorta: phantoms have liver, kidneys"),
+        ({**SCANS, "organs": ("liver", "")}, "--organs has an empty name"),
+        ({**SCANS, "organs": ("a\nb",)}, "is not a structure's name"),
         ({"ct": ("",)}, "--ct has an empty name"),
-        ({**SCANS, "layout": "bids"}, "--layout bids: is none of totalsegmentator, amos, nnunet"),
-        ({"rounds": "many"}, "--rounds must be a whole number, not 'many'"),
-        ({"rounds": 2.0}, "--rounds must be a whole number, not 2.0"),
-        ({"rounds": True}, "--rounds must be a whole number, not True"),
-        ({"rounds": (1, 2)}, r"--rounds must be a whole number, not \(1, 2\)"),
-        ({"seeds": ("1",)}, r"--seeds must be a whole number, not \('1',\)"),
-        ({"lr": "0.1"}, "--lr must be a number, not '0.1'"),
-        ({"skip_bad": "yes"}, "--skip-bad must be True or False, not 'yes'"),
-        ({"out": Path("x")}, "--out must be text, not "),
-        ({"scenario": "complete", "ratios": ("1:1",)}, "--ratios and --mri-cases are for"),
     ],
 )
 def test_python_gets_a_value_error(settings, message):
     with pytest.raises(ValueError, match=message):
         Config(**settings)
-
-
-def test_an_int_is_a_float_too():
-    config = Config(lr=1, gin_probability=1, nsd_tolerance=3)
-    assert (config.lr, config.gin_probability, config.nsd_tolerance) == (1.0, (1.0,), 3.0)
-    kinds = {type(value) for value in (config.lr, *config.gin_probability, config.nsd_tolerance)}
-    assert kinds == {float}
-
-
-def test_what_is_as_large_as_it_can_be_is_taken():
-    settings = {name: limit for name, limit in LIMITS.items() if name not in ("depth", "patch")}
-    config = Config(**settings, depth=12, patch=4096, seeds=(0, 2**63 - 1))
-    assert config.seeds == (0, 2**63 - 1)
-    assert all(getattr(config, name) == limit for name, limit in LIMITS.items())
-
-
-def test_ratios_are_of_the_limited_scenario():
-    assert (Config().ratios, Config().mri_cases) == (("1:5",), 2)
-    config = Config(scenario="complete")
-    assert (config.ratios, config.mri_cases) == (None, None)
-
-
-def test_a_config_is_made_again_from_its_own_values():
-    """As dataclasses.replace does."""
-    for config in (Config(), Config(scenario="complete"), Config(**SCANS, mri_cases=3)):
-        assert dataclasses.replace(config) == config
-        assert Config(**dataclasses.asdict(config)) == config
 
 
 @pytest.mark.parametrize(
@@ -246,27 +167,6 @@ def test_names_of_the_experiment_are_refused_where_it_is_planned(settings, messa
         fedgin.plan(Config(**settings))
 
 
-def test_organs_of_the_paper_are_known_in_any_spelling():
-    organs = Config(organs=("Liver", "kidney", "gall bladder")).organs
-    assert organs == ("liver", "kidneys", "gallbladder")
-    assert Config(**SCANS, organs=("vertebrae_L1", "Left Kidney")).organs == (
-        "vertebrae_L1",
-        "Left Kidney",
-    )
-
-
-def test_the_window_of_ct_may_be_another():
-    assert Config().ct_window == (-160.0, 240.0)
-    assert parse("--ct-window -200 1000").ct_window == (-200.0, 1000.0)
-    assert Config(ct_window=[-200, 300]).ct_window == (-200.0, 300.0)
-
-
-def test_gin_may_have_any_probability():
-    for p in (0, 0.0, 1, 0.5):
-        assert Config(gin_probability=p).gin_probability == (p,)
-    assert Config(spacing=9.0).spacing == 9.0  # it is the phantoms' own
-
-
 # ------------------------------------------------------------------------------------- what is said
 
 
@@ -275,15 +175,15 @@ def test_help_has_every_flag_with_its_defaults(monkeypatch):
     text = " ".join(make_parser(fedgin.__doc__, CHOICES).format_help().split())
     for field in Config.__dataclass_fields__.values():
         assert f" --{field.name.replace('_', '-')} " in text
-        assert field.metadata["text"].split("%")[0] in text
+        assert field.metadata["help"].split("%")[0] in text
     for default in (
         "federated rounds (default: 20, on scans 100)",
         "to which scans are resampled (default: 9.0, on scans 2.0)",
         "(default: liver kidneys spleen pancreas gallbladder)",
         "mean ± deviation (default: 42)",
-        "--ct-window LOW HIGH to which CT is clipped, HU (default: -160.0 240.0)",
-        f"of {', '.join(fedgin.ARMS)} (default: the scenario's)",
-        "0.25 kinder to CT (default: 1.0 0.25)",
+        "--ct-window LOW HIGH range in HU to which CT is clipped (default: -160.0 240.0)",
+        f"of {', '.join(fedgin.ARMS)} (default: those of the scenario)",
+        "CT loses less with 0.25 (default: 1.0 0.25)",
         "python fedgin.py --scenario limited",
     ):
         assert default in text
@@ -304,11 +204,14 @@ def test_a_parser_may_leave_flags_out(capsys):
     assert "--seeds names something twice: 5 5" in capsys.readouterr().err
 
 
-def test_the_help_is_all_that_help_does(tmp_path):
-    args = [sys.executable, str(Path(fedgin.__file__)), "--help"]
-    done = subprocess.run(args, cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("usage: fedgin.py [options]\n\nFedGIN: ")
+def test_the_help_is_all_that_help_does(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["fedgin.py", "--help"])
+    with pytest.raises(SystemExit) as end:
+        fedgin.main()
+    shown = capsys.readouterr()
+    assert (end.value.code, shown.err) == (0, "")
+    assert shown.out.startswith("usage: fedgin.py [options]\n\nFedGIN: ")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -333,11 +236,11 @@ def test_a_training_knows_its_label_and_its_folders_name(training, label, folder
 
 
 def test_no_two_trainings_share_a_label_or_a_folder():
-    shares = (None, 0.0, 0.1, 0.1 + 1e-16, 0.3, 0.1 + 0.2, 0.25, 1.0, 1 - 2**-53)
+    probabilities = (None, 0.0, 0.1, 0.1 + 1e-16, 0.3, 0.1 + 0.2, 0.25, 1.0, 1 - 2**-53)
     every = {
         Training(seed, arm, ratio, p)
         for seed, arm, ratio, p in itertools.product(
-            (0, 1, 10, 11), fedgin.ARMS, ("", *fedgin.RATIOS), shares
+            (0, 1, 10, 11), fedgin.ARMS, ("", *fedgin.RATIOS), probabilities
         )
     }
     folders = {training.folder for training in every}
@@ -349,5 +252,5 @@ def test_no_two_trainings_share_a_label_or_a_folder():
 def test_before_the_first_round_nothing_is_reached():
     start = Checkpoint()
     assert (start.round, start.weights, start.history) == (0, None, ())
-    assert start.best == Best()
-    assert not Best().val_dice >= -1e300
+    assert (start.best_round, start.best_weights) == (0, None)
+    assert not start.best_dice >= -1e300

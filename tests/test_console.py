@@ -3,45 +3,38 @@
 import io
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from federated import Client
 from scans.files import DataError
-from study import console
-from study.config import Best, Config, Round, Training
+from study.config import Checkpoint, Config, Round, Training
 from study.console import (
     Progress,
+    count_steps,
     describe,
     describe_hospitals,
     explain,
     is_foreseen,
     run_command,
+    say,
     use_any_characters,
 )
 from study.hospitals import Hospital
+from study.results import TrainingFolder
 
-ROOT = Path(__file__).parent.parent
 SCANS = {"ct": ("ct_set",), "mri": ("mri_set",)}
 
 
 class Terminal(io.StringIO):
     def isatty(self):
         return True
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """Seconds that pass when the test says so."""
-    now = [0.0]
-    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
-    return now
 
 
 def done(**val_dice):
@@ -51,17 +44,20 @@ def done(**val_dice):
 # ---------------------------------------------------------------------------------------- progress
 
 
-def test_in_a_pipe_each_round_is_a_line_with_the_time_left(clock, capsys):
-    with Progress(total=8, n_trainings=2) as run, run.attempt("fl, seed 1"):
-        for item in run.watch("ab", "round 1 of 4"):
-            clock[0] += 10
-            assert item in "ab"
-        run.show_round(done(mri=0.25))
-        list(run.watch("cd", "round 2 of 4"))
-        run.show_round(done(ct=0.5))
-        run.show_round(done(mri=0.25, ct=0.5))
-        run.show_round(done())
-        run.say("fl: a word")
+def test_in_a_pipe_each_round_is_a_line_with_the_time_left(capsys):
+    clock = [0.0]
+    with Progress({"fl, seed 1": 8, "fl, seed 2": 99}) as run:
+        run.bar._time = lambda: clock[0]
+        with run.attempt("fl, seed 1"):
+            for item in run.watch("ab", "round 1 of 4"):
+                clock[0] += 10
+                assert item in "ab"
+            run.show_round(done(mri=0.25))
+            list(run.watch("cd", "round 2 of 4"))
+            run.show_round(done(ct=0.5))
+            run.show_round(done(mri=0.25, ct=0.5))
+            run.show_round(done())
+            say("fl: a word")
     out, err = capsys.readouterr()
     assert err.splitlines() == [
         "training 1 of 2 (fl, seed 1), round 1 of 4: loss 0.76, MRI 0.25; 01:00 left",
@@ -74,16 +70,18 @@ def test_in_a_pipe_each_round_is_a_line_with_the_time_left(clock, capsys):
     assert "\r" not in err
 
 
-def test_on_a_terminal_there_is_one_bar_that_moves_with_every_step(monkeypatch):
+def test_on_a_terminal_a_bar_moves_with_every_step(monkeypatch):
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
-    with Progress(total=4, n_trainings=12) as run:
-        run._bar.mininterval, run._bar.dynamic_ncols = 0, lambda _: (100, 24)
+    with Progress(
+        {"centralized+gin 1:5 p=0.5, seed 123": 4, **dict.fromkeys("abcdefghijk", 1)}
+    ) as run:
+        run.bar.mininterval, run.bar.dynamic_ncols = 0, lambda _: (100, 24)
         with run.attempt("centralized+gin 1:5 p=0.5, seed 123"):
             list(run.watch(range(2), "round 20 of 20"))
             run.show_round(done(mri=0.25, ct=0.5))
             list(run.watch(range(2), "testing"))
-            assert (run._bar.n, run.done) == (4, 4)
+            assert (run.bar.n, run.bar.total) == (4, 4)
     shown = [line for line in screen.getvalue().split("\r") if line.strip()]
     assert all(len(line.rstrip("\n")) <= 100 for line in shown)
     place = "training 1/12 (centralized+gin 1:5 p=0.5, seed 123), round 20/20 |"
@@ -93,26 +91,62 @@ def test_on_a_terminal_there_is_one_bar_that_moves_with_every_step(monkeypatch):
     assert "00:00 left" in shown[-1]
 
 
+def test_the_bar_ends_with_each_training(monkeypatch):
+    """Those that fail, that another process does, or that it has brought forward, too."""
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with Progress({"a": 4, "b": 4, "c": 4, "d": 4}) as run:
+        for name, n, error in (
+            ("a", 4, None),
+            ("b", 1, OSError("full")),
+            ("c", 0, None),
+            ("d", 2, None),
+        ):
+            with run.attempt(name):
+                assert (run.bar.n, run.bar.total) == (0, 4)
+                list(run.watch(range(n)))
+                if error:
+                    raise error
+            assert (run.bar.n, run.bar.total) == (n, n)
+    assert run.failed == ["b: full"]
+
+
+def test_steps_are_counted_by_hand():
+    """Batches of each hospital and round, validation cases of rounds 2, 4 and 5, test cases."""
+    case = SimpleNamespace(counts=np.array([9, 1]))
+    everyone = [
+        Hospital("mri", "mri", [case] * 3, [case] * 10, [case] * 2),  # validated on eight
+        Hospital("ct", "ct", [case] * 9, [case], [case] * 2),
+        Hospital("far", "", [], [], [case] * 5),
+    ]
+    config = Config("complete", rounds=5, local_steps=3, val_every=2)
+    for names, n_rounds, n_tested, expected in (
+        (("mri", "ct"), 0, 0, 5 * 3 * 2 + 3 * 9 + 9),
+        (("mri", "ct"), 2, 0, 3 * 3 * 2 + 2 * 9 + 9),
+        (("mri",), 4, 0, 1 * 3 * 1 + 1 * 8 + 9),
+        (("ct",), 5, 7, 2),
+    ):
+        folder = TrainingFolder(config, Training(1, "fl"))
+        folder.history, folder.n_tested = lambda n=n_rounds: [{}] * n, lambda n=n_tested: n
+        assert count_steps(folder, names, everyone) == expected
+
+
 def test_a_step_is_counted_once_an_item_has_been_worked_on():
-    with Progress(total=3) as run:
-        items = iter(run.watch("abc"))
-        seen = []
-        for item in items:
-            seen.append((item, run.done))
-        assert (seen, run.done) == ([("a", 0), ("b", 1), ("c", 2)], 3)
+    with Progress({"a": 3}) as run:
+        seen = [(item, run.bar.n) for item in run.watch("abc")]
+        assert (seen, run.bar.n) == ([("a", 0), ("b", 1), ("c", 2)], 3)
         assert list(run.watch([])) == []
-        assert run.done == 3
+        assert run.bar.n == 3
 
 
 def test_what_is_watched_may_be_gone_through_again():
     """As validation cases are, in each round."""
-    with Progress(total=6) as run:
+    with Progress({"a": 6}) as run:
         watched = run.watch("abc")
         assert [*watched, *watched] == [*"abcabc"]
-        assert run.done == 6
+        assert run.bar.n == 6
 
 
-def test_batches_and_validation_cases_of_a_training_are_steps(capsys):
+def test_batches_of_clients_are_steps(capsys):
     def loss(logits, target):
         raise AssertionError
 
@@ -120,23 +154,21 @@ def test_batches_and_validation_cases_of_a_training_are_steps(capsys):
         return iter([f"{round_}a", f"{round_}b"])
 
     clients = {"mri": Client(3, batches, loss), "ct": Client(7, batches, loss)}
-    with Progress(total=20) as run, run.attempt("fl"):
-        watched, held_out = run.watch_training(clients, ["x", "y", "z"], rounds=5)
+    with Progress({"fl": 20}) as run, run.attempt("fl"):
+        watched = run.watch_clients(clients, rounds=5)
         assert {name: client.n_k for name, client in watched.items()} == {"mri": 3, "ct": 7}
         assert all(client.loss_function is loss for client in watched.values())
         assert list(watched["ct"].batches(4)) == ["4a", "4b"]
         assert list(watched["mri"].batches(2)) == ["2a", "2b"]
-        assert run.done == 4
-        assert list(held_out) == ["x", "y", "z"]
-        assert run.done == 7
+        assert run.bar.n == 4
         run.show_round(done())
     assert capsys.readouterr().err.startswith("training 1 of 1 (fl), round 2 of 5: ")
 
 
 def test_the_weights_that_are_kept_are_named(capsys):
-    with Progress(total=1) as run, run.attempt("fl, seed 1"):
-        run.show_choice(Best(0.456, 7, {}))
-        run.show_choice(Best(float("nan"), 9, {}))
+    with Progress({"fl, seed 1": 1}) as run, run.attempt("fl, seed 1"):
+        run.show_choice(Checkpoint(best_round=7, best_dice=0.456))
+        run.show_choice(Checkpoint(best_round=9, best_dice=float("nan")))
     name = "training 1 of 1 (fl, seed 1)"
     assert capsys.readouterr().err.splitlines() == [
         f"{name}: the weights of round 7, validation Dice 0.46 are kept",
@@ -153,12 +185,12 @@ def test_what_fails_foreseeably_is_said_and_the_next_follows(capsys):
         "e": DataError("x.npy: is damaged"),
     }
     errors["a"].add_note("round 3, hospital mri")
-    with Progress(total=1, n_trainings=5) as run:
+    with Progress(dict.fromkeys(errors, 1)) as run:
         for name, error in errors.items():
             with run.attempt(name):
                 if error:
                     raise error
-                run.say(run.name)
+                say(run.name)
     failed = [
         "a: round 3, hospital mri: the loss is nan",
         "c: [Errno 28] No space left on device",
@@ -173,11 +205,10 @@ def test_what_fails_foreseeably_is_said_and_the_next_follows(capsys):
 
 @pytest.mark.parametrize("bug", [ValueError("x"), RuntimeError("mat1"), KeyboardInterrupt()])
 def test_a_bug_ends_all_and_says_where_it_was(bug, capsys):
-    with pytest.raises(type(bug)) as caught, Progress(total=1) as run, run.attempt("fl, seed 1"):
+    with pytest.raises(type(bug)) as caught, Progress({"fl": 1}) as run, run.attempt("fl"):
         raise bug
     assert caught.value is bug
-    if isinstance(bug, Exception):
-        assert bug.__notes__ == ["fl, seed 1"]
+    assert getattr(bug, "__notes__", []) == (["fl"] if isinstance(bug, Exception) else [])
     assert run.failed == []
     assert capsys.readouterr().err == ""
 
@@ -187,20 +218,20 @@ def test_a_bug_ends_all_and_says_where_it_was(bug, capsys):
 
 def test_a_run_is_described_by_its_data_and_its_settings():
     device = torch.device("cpu")
-    lines = describe(Config(seeds=(1, 2)), device).splitlines()
-    assert "PHANTOMS" in lines[0]
-    assert "say nothing about patients" in lines[0]
-    assert ["seeds", "1", "2"] in [line.split() for line in lines]
-    assert ["rounds", "20"] in [line.split() for line in lines]
-    assert ["ratios", "1:5"] in [line.split() for line in lines]
-    assert lines[-1].split() == ["device", "cpu,", "torch", torch.__version__]
-    lines = describe(Config(**SCANS, scenario="complete"), device).splitlines()
-    assert lines[0] == "FedGIN on scans"
+    first, *lines = describe(Config(seeds=(1, 2)), device).splitlines()
+    assert "PHANTOMS" in first
+    assert "say nothing about patients" in first
+    settings = [line.split() for line in lines]
+    for setting in (["seeds", "1", "2"], ["rounds", "20"], ["ratios", "1:5"]):
+        assert setting in settings
+    assert settings[-1] == ["device", "cpu,", "torch", torch.__version__]
+    first, *lines = describe(Config(**SCANS, scenario="complete"), device).splitlines()
+    assert first == "FedGIN on scans"
     assert ["ct", "ct_set"] in [line.split() for line in lines]
     assert not {"ratios", "mri_cases"} & {line.split()[0] for line in lines}
 
 
-def test_shares_say_who_trains_on_what():
+def test_it_is_said_who_trains_on_how_many_cases():
     everyone = [
         Hospital("mri", "mri", [0] * 3, [0], []),
         Hospital("ct", "ct", [0] * 9, [], [0] * 2),
@@ -210,7 +241,7 @@ def test_shares_say_who_trains_on_what():
         Training(2, "fl", "1:1"): {"mri": [0] * 3, "ct": [0] * 3},
         Training(1, "centralized+gin", "1:5", 0.25): {"mri": [0], "ct": [0] * 5},
     }
-    assert describe_hospitals(everyone, chosen).splitlines() == [
+    assert describe_hospitals({1: everyone, 2: everyone}, chosen).splitlines() == [
         "mri: 3 cases to train, 1 to validate, 0 to test",
         "ct: 9 cases to train, 0 to validate, 2 to test",
         "fl 1:1:                     training cases: mri 3, ct 3",
@@ -233,26 +264,14 @@ def test_what_is_foreseen():
     assert not any(map(is_foreseen, bugs))
 
 
-def test_streams_print_what_a_terminal_cannot_show():
-    code = (
-        "from study.console import use_any_characters\n"
-        "use_any_characters()\n"
-        "import sys\n"
-        "print('s\\udcff α')\n"
-        "print('s\\udcff α', file=sys.stderr)\n"
-    )
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    args = [sys.executable, "-c", code]
-    found = subprocess.run(args, cwd=ROOT, env=environment, capture_output=True)
-    assert found.returncode == 0
-    assert found.stdout == found.stderr == b"s\\udcff \\u03b1\n"
-
-
-def test_streams_that_are_no_files_are_left_alone(monkeypatch):
-    monkeypatch.setattr(sys, "stdout", io.StringIO())
+def test_streams_print_what_a_terminal_cannot_show(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    monkeypatch.setattr(sys, "stderr", io.StringIO())  # not a file: left alone
     use_any_characters()
-    print("α")
-    assert sys.stdout.getvalue() == "α\n"
+    print("s\udcff α", flush=True)
+    print("α", file=sys.stderr)
+    assert (raw.getvalue(), sys.stderr.getvalue()) == (b"s\\udcff \\u03b1\n", "α\n")
 
 
 # --------------------------------------------------------------------------------------- exit codes
@@ -289,7 +308,7 @@ def test_bad_input_takes_one_line_and_exit_code_2(capsys):
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (DataError("case s1: cannot be read"), "case s1: cannot be read"),
+        (DataError("case s1: cannot be read"), "case s1: cannot be read"),  # for its notes
         (FloatingPointError("the loss is nan"), "the loss is nan"),
         (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
         (ConnectionError("rank 1 is gone"), "rank 1 is gone"),
@@ -336,15 +355,8 @@ def test_a_run_that_is_stopped_says_how_to_go_on(stop, capsys):
 
 def test_a_thread_may_run_a_command(capsys):
     codes = []
-    thread = threading.Thread(
-        target=lambda: codes.append(run_command("x.py", raising(DataError("bad"))))
-    )
+    work = raising(DataError("bad"))
+    thread = threading.Thread(target=lambda: codes.append(run_command("x.py", work)))
     thread.start()
     thread.join()
     assert codes == [2]
-
-
-def test_bad_input_in_the_middle_of_a_run_is_a_run_that_failed(capsys):
-    """A note tells it: a damaged entry of the cache, not a wrong argument."""
-    assert run_command("x.py", raising(DataError("a: is damaged"), "case s1"), "; so on") == 1
-    assert capsys.readouterr().err == "x.py: the run failed: case s1: a: is damaged; so on\n"

@@ -7,12 +7,12 @@ from monai.inferers import sliding_window_inference
 from tiny import assert_equal
 from torch.nn import functional as F
 
-import fedgin
 from data import NORMALIZATION, normalize
 from scans.files import DataError
-from scans.layouts import ORGANS
+from scans.organs import ORGANS
 from scans.phantom import SPACING, make_phantom
 from study import inference
+from study.config import Checkpoint, Config, Training
 from study.inference import (
     bfloat16_problem,
     choose_device,
@@ -21,6 +21,7 @@ from study.inference import (
     mixed_precision,
     segment,
 )
+from study.results import TrainingFolder
 from unet3d import UNet3D, memory_format
 
 CPU = torch.device("cpu")
@@ -44,48 +45,27 @@ def test_mixed_precision_is_for_gpus_that_compute_in_it(
         return emulated if including_emulation else native
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
-    monkeypatch.setattr(inference, "bfloat16_problem", lambda device: "")
+    monkeypatch.setattr(inference, "bfloat16_problem", lambda: "")
     assert mixed_precision.__wrapped__(torch.device(device)) is dtype
 
 
-def test_a_gpu_that_computes_wrong_in_bfloat16_is_left_to_float32_and_it_is_said(
-    monkeypatch, capsys
-):
-    asked = []
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
-    monkeypatch.setattr(inference, "bfloat16_problem", lambda d: asked.append(d) or "it is wrong")
-    mixed_precision.cache_clear()
-    for _ in range(2):
-        assert mixed_precision(torch.device("cuda")) is None
-    mixed_precision.cache_clear()
-    assert asked == [torch.device("cuda")]
-    assert capsys.readouterr().err == "it is wrong: computing in float32, slower\n"
-
-
 @pytest.mark.parametrize(
-    ("version", "refused"),
+    ("version", "wrong"),
     [(None, ""), (90701, ""), (90800, "9.8"), (91002, "9.10"), (91400, "9.14"), (91500, "")],
 )
-def test_versions_known_to_be_wrong_in_bfloat16_are_refused(version, refused, monkeypatch):
+def test_cudnn_known_to_be_wrong_in_bfloat16_is_left_to_float32_and_it_is_said_once(
+    version, wrong, monkeypatch, capsys
+):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
-    problem = bfloat16_problem(torch.device("cpu"))
-    assert problem == "" or f"cuDNN {refused};" in problem
-    assert bool(problem) == bool(refused) == ("pip install 'nvidia-cudnn-cu" in problem)
-
-
-def test_a_wrong_convolution_in_bfloat16_is_noticed(monkeypatch):
-    """As in pytorch#163539: a part of the output is not what it should be."""
-    conv3d = F.conv3d
-
-    def wrong(x, *args, **kwargs):
-        found = conv3d(x, *args, **kwargs)
-        if x.dtype == torch.bfloat16:
-            found[0, 3, 2, 5, 5] = 0
-            found[1, :, 2:] *= 1.05
-        return found
-
-    monkeypatch.setattr(F, "conv3d", wrong)
-    assert "a convolution in bfloat16 is off by" in bfloat16_problem(torch.device("cpu"))
+    mixed_precision.cache_clear()
+    found = {mixed_precision(torch.device("cuda")) for _ in range(2)}
+    mixed_precision.cache_clear()
+    assert found == ({None} if wrong else {torch.bfloat16})
+    problem, said = bfloat16_problem(), capsys.readouterr().err
+    assert said == (f"{problem}: computing in float32, slower\n" if wrong else "")
+    assert bool(problem) == bool(wrong) == ("pip install 'nvidia-cudnn-cu" in problem)
+    assert f"cuDNN {wrong};" in problem or not wrong
 
 
 def test_the_device_is_a_gpu_where_there_is_one(monkeypatch):
@@ -175,25 +155,54 @@ def test_a_copy_of_the_weights_is_one():
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """The model.pt of a run."""
-    out = tmp_path_factory.mktemp("run") / "out"
-    tiny = ["--rounds", "1", "--local-steps", "1", "--batch-size", "2", "--arms", "fl"]
-    tiny += ["--patch", "32", "--width", "2", "--depth", "2"]
-    assert fedgin.main([*tiny, "--out", str(out)]) == 0
-    return out / "fl-1-5-seed42/model.pt"
+def weights():
+    torch.manual_seed(0)
+    return UNet3D(1, 6, 2, 2).state_dict()
 
 
-def test_a_model_comes_back_with_what_it_takes_to_use_it(saved):
-    model, about = load_model(saved, CPU)
-    assert_equal(model.state_dict(), torch.load(saved, weights_only=True)["weights"])
-    assert about == {
+@pytest.fixture(scope="module")
+def saved(weights, tmp_path_factory):
+    """The model.pt of a training."""
+    out = tmp_path_factory.mktemp("run")
+    folder = TrainingFolder(
+        Config(width=2, depth=2, out=str(out), ct_window=(-100.0, 300.0)), Training(42, "fl", "1:5")
+    )
+    folder.keep_model(Checkpoint(1, weights, 1, 0.5, weights))
+    return folder.path / "model.pt"
+
+
+@pytest.fixture(scope="module")
+def of_version_2(weights, tmp_path_factory):
+    """A model.pt as version 2.0.0 wrote it."""
+    model = {"organs": ORGANS, "spacing": 9.0, "patch": 32, "width": 2, "depth": 2}
+    content = {
+        "run": "c4c3432ab390e346",
+        "arm": "fl 1:5",
+        "seed": 42,
+        "model": {**model, "normalization": NORMALIZATION, "phantoms": True},
+        "round": 1,
+        "weights": weights,
+        "best": {"val_dice": 0.5, "round": 1, "weights": None},
+        "history": [{"round": 1, "losses": {"mri": 3.0}, "val_dice": {"mri": 0.5}, "seconds": 1.0}],
+    }
+    path = tmp_path_factory.mktemp("old") / "model.pt"
+    torch.save(content, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("file", "window"), [("saved", (-100, 300)), ("of_version_2", (-160, 240))]
+)
+def test_a_model_comes_back_with_what_it_takes_to_use_it(file, window, weights, request):
+    model, metadata = load_model(request.getfixturevalue(file), CPU)
+    assert_equal(model.state_dict(), weights)
+    assert metadata == {
         "organs": ORGANS,
         "spacing": SPACING,
         "patch": 32,
         "width": 2,
         "depth": 2,
-        "normalization": NORMALIZATION,
+        "normalization": {**NORMALIZATION, "ct": window},
         "phantoms": True,
         "arm": "fl 1:5",
         "seed": 42,
@@ -207,7 +216,7 @@ def test_a_model_comes_back_with_what_it_takes_to_use_it(saved):
 def refusal(path):
     with pytest.raises(DataError) as error:
         load_model(path, CPU)
-    assert str(error.value).startswith(f"{path}: ")
+    assert str(error.value).startswith(f"{path}: cannot be read (")
     return str(error.value)
 
 
@@ -218,13 +227,11 @@ def test_a_model_runs_no_code_and_must_be_one(tmp_path, capsys):
 
     torch.save({"weights": Evil(), "model": {}}, tmp_path / "evil.pt")
     (tmp_path / "text.pt").write_text("hello")
-    (tmp_path / "junk.pt").write_bytes(b"junk")
     (tmp_path / "empty.pt").write_bytes(b"")
     torch.save([1, 2], tmp_path / "list.pt")
-    for name in ("evil.pt", "text.pt", "junk.pt", "empty.pt", "list.pt", "missing.pt"):
-        assert ": cannot be read (" in refusal(tmp_path / name)
     torch.save({"weights": {}}, tmp_path / "other.pt")
-    assert refusal(tmp_path / "other.pt").endswith("; give a model.pt of fedgin.py")
+    for name in ("evil.pt", "text.pt", "empty.pt", "list.pt", "other.pt", "missing.pt"):
+        refusal(tmp_path / name)
     assert "code ran" not in capsys.readouterr().out
 
 
@@ -235,9 +242,9 @@ def test_a_model_with_a_bit_turned_is_refused(saved, tmp_path):
     place = content.index(weight)
     path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
     assert torch.load(path, weights_only=True)["weights"]["head.bias"].isfinite().all()
-    assert "is damaged" in refusal(path)
+    assert "damaged" in refusal(path)
     path.write_bytes(content[: len(content) // 2])
-    assert "cannot be read" in refusal(path)
+    refusal(path)
 
 
 @pytest.mark.parametrize(
@@ -245,14 +252,11 @@ def test_a_model_with_a_bit_turned_is_refused(saved, tmp_path):
     [
         ({"width": 3}, "Error(s) in loading state_dict"),
         ({"organs": ORGANS[:3]}, "Error(s) in loading state_dict"),
-        ({"width": 10**9}, "width 1000000000"),
-        ({"width": 2.0}, "width 2.0"),
-        ({"depth": 40}, "depth 40"),
-        ({"depth": 10**20}, "depth 100000000000000000000"),
-        ({"depth": 0}, "depth 0"),
+        ({"width": 10**4}, "Error(s) in loading state_dict"),
+        ({"depth": 40}, "patch 32 does not fit depth 40"),
         ({"patch": 31}, "patch 31 does not fit depth 2"),
         ({"patch": 2}, "patch 2 does not fit depth 2"),
-        ({"patch": None}, "patch None"),
+        ({"patch": None}, "NoneType"),
         ({"organs": None}, "organs None"),
         ({"organs": ()}, "organs ()"),
         ({"spacing": 0.0}, "spacing 0.0"),
@@ -261,33 +265,23 @@ def test_a_model_with_a_bit_turned_is_refused(saved, tmp_path):
             {"normalization": {**NORMALIZATION, "mri": (1.0, 99.0)}},
             "it was trained with another normalization: {'ct': (-160.0, 240.0), 'mri': (1.0, 99.0)",
         ),
-        ({"normalization": None}, "AttributeError"),
+        ({"normalization": {**NORMALIZATION, "ct": (240.0, -160.0)}}, "another normalization"),
+        ({"normalization": None}, "'NoneType' object has no attribute"),
     ],
 )
 def test_a_model_of_another_form_is_refused_at_once(change, reason, saved, tmp_path):
     content = torch.load(saved, weights_only=True)
     torch.save({**content, "model": content["model"] | change}, tmp_path / "other.pt")
-    message = refusal(tmp_path / "other.pt")
-    assert ": is not as this program left it (" in message
-    assert reason in message
-    assert message.endswith("; give a model.pt of fedgin.py")
-
-
-def test_a_model_may_have_a_ct_window_of_its_own_and_says_so(saved, tmp_path):
-    content = torch.load(saved, weights_only=True)
-    window = {**NORMALIZATION, "ct": (-100.0, 300.0)}
-    torch.save({**content, "model": content["model"] | {"normalization": window}}, tmp_path / "w")
-    _, about = load_model(tmp_path / "w", CPU)
-    assert about["normalization"] == window
+    assert reason in refusal(tmp_path / "other.pt")
 
 
 @pytest.mark.parametrize(
     "spoil",
     [
-        lambda w: w.fill_(float("nan")),
-        lambda w: w.fill_(float("inf")),
-        lambda w: w.double(),
-        lambda w: w.half(),
+        lambda w: w.fill_(torch.nan),
+        lambda w: w.fill_(torch.inf),
+        torch.Tensor.double,
+        torch.Tensor.half,
     ],
 )
 def test_weights_that_are_not_finite_or_not_float32_are_refused(spoil, saved, tmp_path):
