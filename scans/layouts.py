@@ -91,7 +91,7 @@ def find_cases(
 
 
 def _warn_of_unread(root: Path, cases: Sequence[Case]) -> list[str]:
-    """What lies beside the cases of a folder and is not read."""
+    """Warnings of what lies beside the cases of a folder and is not read."""
     warnings = []
     if (root / "splits_final.json").exists():
         warnings.append(f"{root}/splits_final.json: not read; a meta.csv gives the split")

@@ -70,7 +70,7 @@ def test_it_mentions_what_does_no_harm(tmp_path, said):
     assert run(tmp_path) == 0
     shown = said()
     for message in (
-        "case_000_0000.nii.gz: its label map has labels that the data set does not list: 77; they",
+        "its label map: has labels that the data set does not list: 77; they count as background",
         "imagesTr/case_001_0000.nii.gz: has none of liver; it is all background",
         "case_002_0000.nii.gz: its sform and qform put it at different places; the sform is used",
         "dataset.json: labels liver tumor apart from the organs",

@@ -232,7 +232,7 @@ def test_names_in_another_unicode_form_are_found(tmp_path):
 
 @pytest.mark.parametrize("modality", ["ct", "mri"])
 def test_a_scan_is_what_its_layout_says(modality, tmp_path):
-    """A folder of both may be given twice; a modality that it lacks is refused at each door."""
+    """A modality that a folder does not hold is refused at each door."""
     other = {"ct": "mri", "mri": "ct"}[modality]
     for layout, write in WRITERS.items():
         root = write(tmp_path / layout, modality, 1)
@@ -241,4 +241,4 @@ def test_a_scan_is_what_its_layout_says(modality, tmp_path):
             find_sources(Config(**{other: (str(root),)}))
         assert check.main([str(root), "--modality", other]) == 1
         with pytest.raises(DataError, match=message):
-            predict.find_scans([str(root)], tmp_path / "out", other, None, ORGANS)
+            predict.find_scans([str(root)], other, None, ORGANS)
