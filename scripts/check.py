@@ -25,7 +25,7 @@ def inspect(case: Case, organs: Sequence[str]) -> dict:
     """What there is to say of a case: what is wrong, its spacing and size, voxels by organ."""
     labelled = [organ for organ in organs if organ in case.masks]
     scan, labels, errors, warnings = read_case(case, labelled)
-    if not (errors or labels.any()):
+    if labelled and not (errors or labels.any()):
         warnings.append(f"has none of {', '.join(labelled)}; it is all background")
     lines = [f"{error}; the case cannot be used" for error in errors]
     counts = np.bincount(labels.ravel(), minlength=len(labelled) + 1)[1:].tolist()
@@ -42,7 +42,7 @@ def inspect(case: Case, organs: Sequence[str]) -> dict:
 
 
 def check_folder(folder: str, args: argparse.Namespace) -> list[dict]:
-    """Read every case of a folder and print what there is to say; empty without a usable one."""
+    """Read every case of a folder and print what there is to say; empty if none is read."""
     organs, lines = args.organs or ORGANS, {}
     try:
         cases = find_cases(folder, args.modality, args.layout, organs)

@@ -141,6 +141,11 @@ def test_it_looks_at_the_organs_that_are_asked_for(tmp_path, said):
     shutil.rmtree(tmp_path / "s0000/segmentations")
     assert run(tmp_path) == 1
     assert "gallbladder; it labels nothing" in said()
+    amos = write_amos(write_amos(tmp_path / "amos", "ct", 1), "mri", 1)
+    assert run(amos, "--organs", "bladder") == 0
+    has_none, ct, mri = (line for line in said().splitlines() if "bladder" in line)
+    assert has_none.endswith("amos_0001.nii.gz: has none of bladder; it is all background")
+    assert [" ".join(line.split()[1:]) for line in (ct, mri)] == ["0 of 1 cases", "not labelled"]
 
 
 def test_flags_tell_what_folders_do_not(tmp_path, said):
