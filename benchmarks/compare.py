@@ -19,11 +19,10 @@ import numpy as np
 import torch
 from torch import nn
 
-import data
 import fedgin
 from federated import Client
-from scans.phantom import ORGANS, make_phantom
 from study.config import Config, Training
+from study.hospitals import phantom_case
 from study.inference import choose_device
 
 
@@ -58,17 +57,13 @@ def phantom_clients(
 
     p: probability of GIN; steps: batches that a hospital trains on in a round.
     """
-    config, training, volumes = Config("complete"), Training(0, "fedgin", p=p), []
-    for index in range(cases):
-        image, labels = make_phantom(0, "ct", index)
-        labelled = np.ones(len(ORGANS) + 1, dtype=bool)
-        image = data.normalize(image, "ct")
-        volumes.append(data.make_volume(str(index), "ct", image, labels, labelled))
+    config, training = Config("complete"), Training(0, "fedgin", p=p)
+    held = [phantom_case(config, 0, "ct", index, "own") for index in range(cases)]
     clients = {}
     for k in range(hospitals):
-        name, its_cases = f"hospital {k + 1}", volumes[k::hospitals]
-        n_steps = steps or config.local_steps
-        clients[name] = fedgin.make_client(config, training, name, its_cases, n_steps, device)
+        name, n_steps = f"hospital {k + 1}", steps or config.local_steps
+        part = held[k::hospitals]
+        clients[name] = fedgin.make_client(config, training, name, part, n_steps, device)
     return fedgin.make_model(config, 0, device), clients
 
 

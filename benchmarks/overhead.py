@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.compare import alternate, parse, phantom_clients, report
 from federated import federated_rounds, train_locally
-from scans.files import write_pt
+from scans.files import to_pt, write
 from study.inference import copy_to_cpu, mixed_precision
 
 LR = 1e-3
@@ -29,7 +29,7 @@ def main() -> None:
 
             def federated(model=model, clients=clients, checkpoint=checkpoint):
                 for _ in federated_rounds(model, clients, 1, lambda _: LR, train=train):
-                    write_pt(checkpoint, copy_to_cpu(model.state_dict()))
+                    write(checkpoint, to_pt(copy_to_cpu(model.state_dict())))
 
             def bare(model=model, clients=clients):
                 for client in clients.values():
