@@ -146,7 +146,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--images", required=True, nargs="+", action="extend", metavar="PATH", help=text)
     text = "folder for the label maps, new or begun by the same command"
     add("--out", required=True, type=Path, metavar="DIR", help=text)
-    text = "segment scans of this modality only; names that do not tell it are taken for it"
+    text = "needed where names do not tell it; of a folder, only such scans are segmented"
     add("--modality", choices=NORMALIZATION, help=text)
     add("--layout", choices=LAYOUTS, help="layout of the folders, if one looks like two")
     text = "mm that a surface may be off, for NSD (default: 2)"

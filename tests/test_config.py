@@ -10,6 +10,7 @@ import pytest
 import fedgin
 from scans.files import DataError
 from scans.organs import ORGANS
+from scripts import check, multisite, predict
 from study.config import Checkpoint, Config, Training, make_parser, to_config
 
 SCANS = {"ct": ("ct_set",), "mri": ("mri_set",)}
@@ -139,6 +140,40 @@ def test_bad_flags_take_one_line_and_exit_code_2(args, message, tmp_path, capsys
 def test_names_of_the_experiment_are_refused_where_it_is_planned(settings, message):
     with pytest.raises(DataError, match=message):
         fedgin.plan(Config(**settings))
+
+
+@pytest.mark.parametrize(
+    ("flag", "first", "second", "kept"),
+    [
+        ("--ct", "A B", "C", ("A", "B", "C")),
+        ("--mri", "A", "B", ("A", "B")),
+        ("--ct D --test", "A", "B", ("A", "B")),
+        ("--arms", "fl", "fedgin", ("fl", "fedgin")),
+        ("--ratios", "1:1", "all", ("1:1", "all")),
+        ("--seeds", "1 2", "3", (1, 2, 3)),
+        ("--organs", "liver", "spleen", ("liver", "spleen")),
+        ("--organs", "liver", "", ("liver",)),  # they do not join the five defaults
+        ("--gin-probability", "1", "0.5", (1.0, 0.5)),
+        ("--ct-window", "-100 200", "-50 300", (-50.0, 300.0)),  # one window: the last one counts
+    ],
+)
+def test_a_flag_of_several_values_given_twice_adds_up(flag, first, second, kept):
+    name = flag.split()[-1]
+    config = parse(f"{flag} {first} {name} {second}" if second else f"{flag} {first}")
+    assert getattr(config, name.removeprefix("--").replace("-", "_")) == kept
+
+
+def test_flags_of_other_commands_given_twice_add_up(tmp_path, monkeypatch, capsys):
+    needed = ["--checkpoint", "model.pt", "--out", "out"]
+    args = predict.parse([*needed, "--images", "A", "B", "--images", "C"])
+    assert args.images == ["A", "B", "C"]
+    asked = []
+    monkeypatch.setattr(check, "check_folder", lambda *args: asked.append(args) or (True, []))
+    assert check.main(["A", "--organs", "aorta", "--organs", "liver", "spleen"]) == 0
+    assert asked == [("A", None, None, ["aorta", "liver", "spleen"])]
+    with pytest.raises(SystemExit):
+        multisite.main(["--ct", "A", "--ct", "B"])
+    assert "name this hospital's folder, and no other" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------- what is said

@@ -112,10 +112,19 @@ def test_a_folder_in_a_known_layout_comes_with_its_labels(tmp_path):
         (["empty"], "ct", "empty: no labelled case found; expected"),
         (["notes.txt"], "ct", "notes.txt: expected a NIfTI file, whose name ends in .nii"),
         (["a"], None, "a/x.nii.gz: CT or MRI\\? Say so with --modality"),
+        (["s1/ct.nii.gz"], "mri", "ct.nii.gz: is CT by its name, and mri by --modality"),
+        (["s2/mri.nii.gz"], "ct", "mri.nii.gz: is MRI by its name, and ct by --modality"),
+        (["a/x.nii.gz", "s1"], "mri", "s1/ct.nii.gz: is CT by its name, and mri by --modality"),
+        (["total"], "mri", "total: holds CT scans only, no mri"),
+        (["amos"], "ct", "amos: holds MRI scans only, no ct"),
+        (["nnunet"], "mri", "nnunet: holds CT scans only, no mri"),
     ],
 )
 def test_what_cannot_be_segmented_is_refused(names, modality, message, tmp_path):
-    write_empty(tmp_path, "a/x.nii.gz", "b/x_0000.nii", "notes.txt")
+    write_empty(tmp_path, "a/x.nii.gz", "b/x_0000.nii", "notes.txt", "s1/ct.nii.gz")
+    write_empty(tmp_path, "s2/mri.nii.gz", "total/s0001/ct.nii.gz")
+    write_amos(tmp_path / "amos", "mri", 1)
+    write_nnunet(tmp_path / "nnunet", "ct", 1)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=message):
         found([tmp_path / name for name in names], modality)
