@@ -1,52 +1,47 @@
-"""What the benchmarks share: A B A B, and the ratio of A to B with its spread.
+"""What the benchmarks share: two sides timed in turn, and the ratio of their times.
 
 pip install -r benchmarks/requirements.txt
-python -m benchmarks.training_step  # from the project's folder, or another one of these scripts
+python -m benchmarks.training_step  # or another of these scripts, from the project's folder
 """
 
 import argparse
 import json
 import platform
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
-from study.config import Config
-from study.hospitals import Hospital, load_hospitals
+import fedgin
+from federated import Client
+from study.config import Config, Training
+from study.hospitals import phantom_case
 from study.inference import choose_device
 
 
-def device_argument(description: str) -> torch.device:
-    return parse(description)[0]
-
-
-def parse(description: str, **numbers: Any) -> tuple[torch.device, argparse.Namespace]:
-    """The device and all flags: --device, and one for each of `numbers` with its default."""
+def parse(description: str | None, **numbers: int) -> argparse.Namespace:
+    """The flags: --device, as a torch.device, and one for each of `numbers` with its default."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     for name, default in numbers.items():
-        several = isinstance(default, tuple)
-        options: dict[str, Any] = {"nargs": len(default)} if several else {}
-        kind = type(default[0] if several else default)
-        parser.add_argument(f"--{name}", default=default, type=kind, metavar="N", **options)
+        parser.add_argument(f"--{name}", default=default, type=int, metavar="N")
     args = parser.parse_args()
     device = choose_device() if args.device == "cuda" else torch.device("cpu")
     if device.type != args.device:
         parser.error("--device cuda: PyTorch sees no GPU")
     name = torch.cuda.get_device_name() if device.type == "cuda" else processor()
     print(f"{name}, Python {platform.python_version()}, PyTorch {torch.__version__}", flush=True)
-    return device, args
+    args.device = device
+    return args
 
 
 def processor() -> str:
@@ -55,10 +50,27 @@ def processor() -> str:
     return f"{torch.get_num_threads()} threads on {names[0] if names else platform.processor()}"
 
 
+def phantom_clients(
+    cases: int, hospitals: int, device: torch.device, p: float = 0.0, steps: int | None = None
+) -> tuple[nn.Module, dict[str, Client]]:
+    """The model and the hospitals of fedgin.py at its defaults, with so many CT phantoms in all.
+
+    p: probability of GIN; steps: batches that a hospital trains on in a round.
+    """
+    config, training = Config("complete"), Training(0, "fedgin", p=p)
+    held = [phantom_case(config, 0, "ct", index, "own") for index in range(cases)]
+    clients = {}
+    for k in range(hospitals):
+        name, n_steps = f"hospital {k + 1}", steps or config.local_steps
+        part = held[k::hospitals]
+        clients[name] = fedgin.make_client(config, training, name, part, n_steps, device)
+    return fedgin.make_model(config, 0, device), clients
+
+
 def alternate(
-    sides: dict[str, Callable[[], object]], device: torch.device, repeats: int, warm_up: int = 1
+    sides: Mapping[str, Callable[[], object]], device: torch.device, repeats: int, warm_up: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds that each side takes, `repeats` times in turn, after `warm_up` rounds not counted."""
+    """Seconds that each side takes, `repeats` times in turn, after `warm_up` turns not counted."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(warm_up + repeats):
         for name, work in sides.items():
@@ -71,37 +83,19 @@ def alternate(
     return times
 
 
-def report(what: str, values: dict[str, list[float]], unit: str = "s") -> None:
-    """Medians of all sides, and the first one's ratio to each other one with its spread."""
-    ours, *peers = values
+def report(title: str, values: dict[str, list[float]], unit: str = "s") -> None:
+    """Print each side's median, and the first side's ratio to each other one with its range."""
+    ours, *baselines = values
     medians = ", ".join(f"{name} {statistics.median(v):.4g} {unit}" for name, v in values.items())
-    print(f"{what}: {medians}")
-    for peer in peers:
-        ratios = [a / b for a, b in zip(values[ours], values[peer], strict=True)]
-        spread = f"{min(ratios):.3f} … {max(ratios):.3f}"
-        print(f"    {ours} / {peer}: {statistics.median(ratios):.3f} ({spread})", flush=True)
-
-
-def peak_memory() -> float:
-    """MB that this process has held at its most; from Linux.
-
-    Not ru_maxrss, which starts with the peak of the process that has started this one.
-    """
-    status = Path("/proc/self/status").read_text()
-    return int(re.findall(r"VmHWM:\s*(\d+)", status)[0]) / 2**10
-
-
-def settings(**changes: Any) -> Config:
-    """The defaults for phantoms in the complete scenario, but for the changes."""
-    return Config("complete", **changes)
-
-
-def phantom_hospitals(config: Config) -> list[Hospital]:
-    return load_hospitals(config)[0][config.seeds[0]]
+    print(f"{title}: {medians}")
+    for baseline in baselines:
+        ratios = [a / b for a, b in zip(values[ours], values[baseline], strict=True)]
+        ends = f"{min(ratios):.3f} … {max(ratios):.3f}"
+        print(f"    {ours} / {baseline}: {statistics.median(ratios):.3f} ({ends})", flush=True)
 
 
 def ellipsoid(shape: tuple[int, ...], centre, radii) -> np.ndarray:
-    """A boolean ellipsoid; centre and radii as shares of the shape."""
+    """A boolean ellipsoid; centre and radii as fractions of the shape."""
     axes = [
         ((np.arange(n) + 0.5) / n - c) / r for n, c, r in zip(shape, centre, radii, strict=True)
     ]
@@ -110,18 +104,18 @@ def ellipsoid(shape: tuple[int, ...], centre, radii) -> np.ndarray:
 
 
 def in_processes(module: str, sides: dict[str, list[str]], repeats: int) -> dict[str, list[dict]]:
-    """What `python -m module ARGS` prints as JSON, with wall time and peak memory, in turn."""
-    found: dict[str, list[dict]] = {name: [] for name in sides}
+    """What `measure` returns for `python -m module ARGS` of each side, `repeats` times in turn."""
+    results: dict[str, list[dict]] = {name: [] for name in sides}
     for _ in range(repeats):
         for name, args in sides.items():
-            found[name].append(measure([sys.executable, "-m", module, *args]))
-    return found
+            results[name].append(measure([sys.executable, "-m", module, *args]))
+    return results
 
 
 def measure(command: list[str]) -> dict:
-    """Run a command; return its last line, which is JSON, and seconds and peak MB of all of it.
+    """Run a command; return its last line, which is JSON, with its seconds and peak memory in MB.
 
-    Memory is the proportional set size, added up over the process and all below it.
+    Memory is the proportional set size, summed over the process and all that it has started.
     """
     import psutil
 

@@ -1,9 +1,9 @@
-"""Federated rounds beside the same model, data and steps in a Flower simulation.
+"""Federated rounds beside a Flower simulation with the same model, data and steps.
 
     python -m benchmarks.federation [--device cuda]
 
-Each side is a process of its own, started anew for each measurement; its memory is that of all
-processes which it starts. Flower may train two hospitals at a time, with a thread each.
+Each measurement starts a new process; its memory includes that of all processes which it starts.
+On the CPU, Flower trains each hospital with one thread, and several at a time if there are cores.
 """
 
 import functools
@@ -14,36 +14,31 @@ import time
 
 import torch
 
-import fedgin
-from benchmarks.compare import device_argument, in_processes, phantom_hospitals, report, settings
+from benchmarks.compare import in_processes, parse, phantom_clients, report
 from federated import federated_rounds, train_locally
-from study.config import Training
 from study.inference import mixed_precision
 
-ROUNDS = 3
+ROUNDS, LR = 3, 4e-3
 
 
 def prepare(hospitals: int, device_name: str):
-    """The model, who trains it, and how: the same for both sides."""
-    config = settings(sites=hospitals // 2)
+    """The model, its hospitals and the function that trains it, the same for both sides."""
     device = torch.device(device_name)
-    everyone = phantom_hospitals(config)
-    clients = fedgin.make_clients(config, Training(0, "fl"), everyone, device)
     train = functools.partial(train_locally, autocast=mixed_precision(device))
-    return fedgin.make_model(config, 0, device), clients, train, config.lr
+    return *phantom_clients(24, hospitals, device), train
 
 
 def ours(hospitals: int, device: str) -> list[float]:
     """Seconds of each round."""
-    model, clients, train, lr = prepare(hospitals, device)
+    model, clients, train = prepare(hospitals, device)
     ends = [time.perf_counter()]
-    for _ in federated_rounds(model, clients, ROUNDS, lambda _: lr, train=train):
+    for _ in federated_rounds(model, clients, ROUNDS, lambda _: LR, train=train):
         ends.append(time.perf_counter())
     return [b - a for a, b in itertools.pairwise(ends)]
 
 
-def flowers(hospitals: int, device: str) -> list[float]:
-    """The same in a Flower simulation."""
+def flower(hospitals: int, device: str) -> list[float]:
+    """Seconds of each round of a Flower simulation."""
     from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
     from flwr.clientapp import ClientApp
     from flwr.serverapp import Grid, ServerApp
@@ -59,11 +54,11 @@ def flowers(hospitals: int, device: str) -> list[float]:
             torch.set_num_threads(1)
         if not kept:  # an actor keeps what it has prepared
             kept["it"] = prepare(hospitals, device)
-        model, clients, train, lr = kept["it"]
+        model, clients, train = kept["it"]
         model.load_state_dict(message.content["arrays"].to_torch_state_dict())
         hospital = list(clients.values())[int(context.node_config["partition-id"])]
         batches = hospital.batches(int(message.content["config"]["server-round"]))
-        loss = train(model, batches, hospital.loss_function, lr=lr)
+        loss = train(model, batches, hospital.loss_function, lr=LR)
         metrics = MetricRecord({"loss": loss, "num-examples": hospital.n_k})
         arrays = ArrayRecord(model.state_dict())
         return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
@@ -87,23 +82,22 @@ def flowers(hospitals: int, device: str) -> list[float]:
 
 def main() -> None:
     if len(sys.argv) > 3:
-        side, hospitals, device = sys.argv[1:]
-        seconds = {"ours": ours, "Flower": flowers}[side](int(hospitals), device)
+        side, n, device_name = sys.argv[1:]
+        seconds = {"ours": ours, "Flower": flower}[side](int(n), device_name)
         print(json.dumps({"rounds": seconds}))
         return
-    device = device_argument(__doc__)
+    device = parse(__doc__).device
     for hospitals in (2, 8):
         sides = {name: [name, str(hospitals), device.type] for name in ("ours", "Flower")}
-        found = in_processes("benchmarks.federation", sides, repeats=3)
-        parts = {
-            "a first round from nothing": lambda run: run["seconds"] - sum(run["rounds"][1:]),
-            "each further round": lambda run: run["rounds"][-1],
+        results = in_processes("benchmarks.federation", sides, repeats=3)
+        parts = {  # what is measured: its unit, and how it follows from a run
+            "first round, start-up included": ("s", lambda r: r["seconds"] - sum(r["rounds"][1:])),
+            "each further round": ("s", lambda r: r["rounds"][-1]),
+            "peak memory": ("MB", lambda r: r["peak_mb"]),
         }
-        for what, seconds in parts.items():
-            pick = {name: [seconds(run) for run in runs] for name, runs in found.items()}
-            report(f"{hospitals} hospitals, {what}", pick)
-        pick = {name: [run["peak_mb"] for run in runs] for name, runs in found.items()}
-        report(f"{hospitals} hospitals, peak memory", pick, "MB")
+        for title, (unit, part) in parts.items():
+            values = {name: [part(run) for run in runs] for name, runs in results.items()}
+            report(f"{hospitals} hospitals, {title}", values, unit)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,23 @@
-"""GIN beside its naive form and one of depthwise convolutions, and its share of a training step.
+"""GIN beside its plain form, and its time relative to a training step.
 
 python -m benchmarks.gin_layer [--device cuda]
 """
 
-import sys
 from collections.abc import Callable
-from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.compare import alternate, device_argument, report
+from benchmarks.compare import alternate, parse, report
 from federated import train_locally
-from gin import CONVOLUTION, _draw_all, gin
+from gin import _draw_all, gin
 from study.inference import mixed_precision
 from unet3d import UNet3D, memory_format
 
-GIN_MODULE = sys.modules[gin.__module__]
-
 
 def naive(x: Tensor, sizes: list[int]) -> Tensor:
-    """The formula as it is written: one grouped convolution a layer, in the default layout."""
+    """The formula as it is written: a grouped convolution per layer, in the default layout."""
     batch, channels = x.shape[:2]
     h, widths = x.reshape(1, batch * channels, *x.shape[2:]), [channels, 2, 2, 2, channels]
     for layer, k in enumerate(sizes):
@@ -32,31 +28,14 @@ def naive(x: Tensor, sizes: list[int]) -> Tensor:
         h = F.leaky_relu(h, 0.01) if layer < 3 else h
     alpha = torch.rand(batch, 1, 1, 1, 1, device=x.device)
     mixed = alpha * h.reshape(x.shape) + (1 - alpha) * x
-    norm = {"dim": (1, 2, 3, 4), "keepdim": True}
-    restored = torch.linalg.vector_norm(x, **norm)
-    return mixed * restored / (torch.linalg.vector_norm(mixed, **norm) + 1e-5)
-
-
-def depthwise(h: Tensor, weights: list[Tensor]) -> Tensor:
-    """gin._network with a group for each channel of each image, and a sum over these.
-
-    For that PyTorch has CUDA kernels of its own: float32 proper, and nothing for cuDNN to try out.
-    """
-    batch, _, *space = h.shape
-    for layer, (kernels, biases) in enumerate(zip(weights[::2], weights[1::2], strict=True)):
-        if layer > 0:
-            h = F.leaky_relu_(h, 0.01)
-        c_in, *size = kernels.shape[1:]
-        split = kernels.reshape(batch, -1, c_in, *size).transpose(1, 2).reshape(-1, 1, *size)
-        h, padding = h.reshape(1, batch * c_in, *space), size[0] // 2
-        h = CONVOLUTION[len(space)](h, split, padding=padding, groups=batch * c_in)
-        h = h.reshape(batch, c_in, -1, *space).sum(dim=1)
-        h += biases.view(batch, -1, *[1] * len(space))
-    return h
+    norm_x, norm_m = (
+        torch.linalg.vector_norm(y, dim=(1, 2, 3, 4), keepdim=True) for y in (x, mixed)
+    )
+    return mixed * norm_x / (norm_m + 1e-5)
 
 
 def sides(x: Tensor, calls: int) -> dict[str, Callable[[], object]]:
-    """So many calls of each form, from one seed and with kernels of the same sizes in each."""
+    """For both forms a function that calls it `calls` times, with kernels of the same sizes."""
     torch.manual_seed(0)
     channels = [x.shape[1], 2, 2, 2, x.shape[1]]
     drawn = [_draw_all(x, channels, (1, 3), None) for _ in range(calls)]
@@ -67,15 +46,11 @@ def sides(x: Tensor, calls: int) -> dict[str, Callable[[], object]]:
         for _ in range(calls):
             gin(x)
 
-    return {
-        "gin": ours,
-        "naive": lambda: [naive(x, each) for each in sizes],
-        "depthwise": mock.patch.object(GIN_MODULE, "_network", depthwise)(ours),
-    }
+    return {"gin": ours, "naive": lambda: [naive(x, each) for each in sizes]}
 
 
 def main() -> None:
-    device = device_argument(__doc__)
+    device = parse(__doc__).device
     for patch in (32, 48, 64, 96):
         x, calls = torch.randn(2, 1, patch, patch, patch, device=device), max(2, 20 * 32 // patch)
         with torch.no_grad():
@@ -94,7 +69,7 @@ def main() -> None:
 
         both = {"gin": sides(x, calls)["gin"], "training steps": steps}
         times = alternate(both, device, repeats)
-        report(f"GIN's share at the defaults for {name}, {calls} batches", times)
+        report(f"GIN at the defaults for {name}, {calls} batches", times)
 
 
 if __name__ == "__main__":

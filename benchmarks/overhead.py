@@ -1,44 +1,42 @@
-"""A federated round with its checkpoint, beside the bare training steps.
+"""A federated round that writes its checkpoint, beside the bare training steps.
 
 python -m benchmarks.overhead [--device cuda]
 """
 
 import functools
 import tempfile
+from pathlib import Path
 
-import fedgin
-from benchmarks.compare import alternate, device_argument, phantom_hospitals, report, settings
+from benchmarks.compare import alternate, parse, phantom_clients, report
 from federated import federated_rounds, train_locally
-from study.config import Checkpoint, Round, Training
-from study.inference import mixed_precision
-from study.trainings import TrainingFolder
+from scans.files import to_pt, write
+from study.inference import copy_to_cpu, mixed_precision
+
+LR = 1e-3
 
 
 def main() -> None:
-    device = device_argument(__doc__)
-    for sites in (1, 4):
-        config, training = settings(sites=sites), Training(0, "fl")
-        model = fedgin.make_model(config, 0, device)
-        clients = fedgin.make_clients(config, training, phantom_hospitals(config), device)
+    device = parse(__doc__).device
+    train = functools.partial(train_locally, autocast=mixed_precision(device))
+    for hospitals in (2, 8):
+        model, clients = phantom_clients(24, hospitals, device)
         for name, client in clients.items():
             drawn = list(client.batches(1))
             clients[name] = client._replace(batches=lambda _, drawn=drawn: drawn)
-        train = functools.partial(train_locally, autocast=mixed_precision(device))
 
-        with tempfile.TemporaryDirectory() as out:
-            folder = TrainingFolder(settings(out=out), "", training)
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint = Path(folder) / "checkpoint.pt"
 
-            def federated(model=model, clients=clients, folder=folder, train=train):
-                for n, losses in federated_rounds(model, clients, 1, lambda _: 1e-3, train=train):
-                    done = Round(n, losses, val_dice={"mri": 0.5}, seconds=1.0)
-                    folder.keep_round(fedgin.keep_round(Checkpoint(), model, done))
+            def federated(model=model, clients=clients, checkpoint=checkpoint):
+                for _ in federated_rounds(model, clients, 1, lambda _: LR, train=train):
+                    write(checkpoint, to_pt(copy_to_cpu(model.state_dict())))
 
-            def bare(model=model, clients=clients, train=train):
+            def bare(model=model, clients=clients):
                 for client in clients.values():
-                    train(model, client.batches(1), client.loss_function, lr=1e-3)
+                    train(model, client.batches(1), client.loss_function, lr=LR)
 
             times = alternate({"federated": federated, "bare steps": bare}, device, repeats=7)
-        report(f"{len(clients)} hospitals", times)
+        report(f"{hospitals} hospitals", times)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from benchmarks.compare import alternate, device_argument, ellipsoid, report
+from benchmarks.compare import alternate, ellipsoid, parse, report
 from data import normalize, resample_labels, to_model_grid
 
 SHAPE, SPACING, TARGET = (512, 512, 300), (0.8, 0.8, 2.5), 2.0
@@ -15,7 +15,7 @@ LABELS = 6
 
 
 def main() -> None:
-    device = device_argument(__doc__)
+    device = parse(__doc__).device
     rng = np.random.default_rng(0)
     voxels = rng.normal(50, 100, SHAPE).astype(np.float32)
     labels = np.zeros(SHAPE, np.uint8)
@@ -37,7 +37,7 @@ def main() -> None:
         return resample_labels(one_hot, ours_size)
 
     def scipys_labels():
-        """Class by class, as ours: zoom of the label map itself would need nearest neighbours."""
+        """Class by class, like ours, because labels themselves cannot be interpolated linearly."""
         zoomed = [zoom((labels == n).astype(np.float32)) for n in range(LABELS)]
         return np.argmax(zoomed, axis=0)
 

@@ -1,11 +1,11 @@
-"""What a GPU is good for here, in a minute or two: a training step in several forms, and GIN.
+"""How fast a GPU runs a training step in several forms, and GIN, in a minute or two.
 
 python -m benchmarks.probe --device cuda
-python -m benchmarks.probe --patch 16 --width 2 --depth 2 --repeats 1  # a taste, on a CPU
+python -m benchmarks.probe --patch 16 --width 2 --depth 2 --repeats 1  # quickly, on a CPU
 
-Each form in turn, on its own: seconds of its first call, in which libraries are loaded, algorithms
-tried out and code compiled, the median of those after it, and the peak of the GPU's memory. A form
-that fails is named and the next one follows.
+For each form it prints the seconds of the first call, which loads libraries, tries algorithms out
+and compiles code, the median of the later calls, and the peak of the GPU's memory. If a form fails,
+its error is printed and the next form follows.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def clock(work: Callable[[], object], device: torch.device) -> float:
 def probe(
     name: str, make: Callable[[], Callable[[], object]], device: torch.device, repeats: int
 ) -> None:
-    """Time the work that is made; nothing of it is left in memory at the end."""
+    """Print how long the work takes that `make` returns, or how it fails."""
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.empty_cache()
@@ -43,9 +43,9 @@ def probe(
     try:
         work = make()
         first, *others = (clock(work, device) for _ in range(1 + repeats))
-    except Exception as error:  # no compiler, no memory: what the others take is still worth it
-        what = " ".join(str(error).split())[:200]
-        print(f"{name}: failed, {type(error).__name__}: {what}", flush=True)
+    except Exception as error:  # no compiler or memory, for instance
+        message = " ".join(str(error).split())[:200]
+        print(f"{name}: failed, {type(error).__name__}: {message}", flush=True)
         return
     memory = f", {torch.cuda.max_memory_allocated() / 2**20:.0f} MB" if cuda else ""
     print(
@@ -54,18 +54,20 @@ def probe(
 
 
 def step(
-    device: torch.device, args: argparse.Namespace, change: Callable | None, half: bool = True
+    args: argparse.Namespace,
+    change: Callable[[nn.Module], object] = lambda model: None,
+    dtype: torch.dtype | None = torch.bfloat16,
 ) -> Callable[[], object]:
-    """A training step of a new model that `change` has changed, in bfloat16 or float32."""
+    """A training step of a new model that `change` has been called on; dtype None is float32."""
+    device = args.device
     torch.manual_seed(0)
     model = UNet3D(1, 6, args.width, args.depth).to(device)
-    if change:
-        change(model)
-    shape = (2, args.patch, args.patch, args.patch)
-    images, labels = torch.randn(2, 1, *shape[1:], device=device), torch.randint(6, shape)
-    batch = images, (labels.to(device, torch.uint8), None)
+    change(model)
+    space = (args.patch,) * 3
+    images = torch.randn(2, 1, *space, device=device)
+    labels = torch.randint(6, (2, *space), dtype=torch.uint8, device=device)
+    batch = images, (labels, None)
     loss = functools.partial(segmentation_loss, weight=torch.ones(6, device=device))
-    dtype = torch.bfloat16 if half else None
     return lambda: train_locally(model, [batch], loss, lr=1e-3, autocast=dtype)
 
 
@@ -77,20 +79,20 @@ def leave_out_norms(model: nn.Module) -> None:
 
 
 def main() -> None:
-    device, args = parse(__doc__, patch=96, width=32, depth=5, repeats=10)
+    args = parse(__doc__, patch=96, width=32, depth=5, repeats=10)
+    device = args.device
     if device.type == "cuda":
-        about = torch.backends.cudnn.version(), torch.version.cuda, mixed_precision(device)
-        print("cuDNN {}, CUDA {}, the program computes in {}".format(*about))
+        cudnn, precision = torch.backends.cudnn.version(), mixed_precision(device) or torch.float32
+        print(f"cuDNN {cudnn}, CUDA {torch.version.cuda}, fedgin.py computes in {precision}")
     channels_last = functools.partial(nn.Module.to, memory_format=torch.channels_last_3d)
     forms = {
-        "bfloat16": (None,),
-        "float32": (None, False),
-        "bfloat16, channels-last": (channels_last,),
-        "bfloat16, without norms": (leave_out_norms,),
-        "bfloat16, compiled": (nn.Module.compile,),
+        "bfloat16": functools.partial(step, args),
+        "float32": functools.partial(step, args, dtype=None),
+        "bfloat16, channels-last": functools.partial(step, args, channels_last),
+        "bfloat16, without norms": functools.partial(step, args, leave_out_norms),
+        "bfloat16, compiled": functools.partial(step, args, nn.Module.compile),
     }
-    for name, form in forms.items():
-        make = functools.partial(step, device, args, *form)
+    for name, make in forms.items():
         probe(f"step, {name}", make, device, args.repeats)
     with torch.no_grad():
         x = torch.randn(2, 1, args.patch, args.patch, args.patch, device=device)

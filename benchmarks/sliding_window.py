@@ -6,16 +6,16 @@ python -m benchmarks.sliding_window [--device cuda]
 import torch
 from monai.inferers import sliding_window_inference
 
-from benchmarks.compare import alternate, device_argument, report
+from benchmarks.compare import alternate, parse, report
 from evaluate import sliding_window
 from study.inference import mixed_precision
 from unet3d import UNet3D, memory_format
 
-PATCH = 64  # both put its windows at the same places in this volume
+PATCH = 64  # both sides then place their windows at the same voxels of this volume
 
 
 def main() -> None:
-    device = device_argument(__doc__)
+    device = parse(__doc__).device
     torch.manual_seed(0)
     model = UNet3D(1, 6, width=8, depth=4).to(device, memory_format=memory_format(device)).eval()
     volume = torch.randn(1, 256, 256, 160, device=device)

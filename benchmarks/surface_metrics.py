@@ -7,14 +7,14 @@ import numpy as np
 import torch
 from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 
-from benchmarks.compare import alternate, device_argument, ellipsoid, report
+from benchmarks.compare import alternate, ellipsoid, parse, report
 from evaluate import hd95_and_nsd
 
 SHAPE, SPACING = (512, 512, 300), (0.8, 0.8, 2.5)
 
 
 def main() -> None:
-    device = device_argument(__doc__)
+    device = parse(__doc__).device
     target = ellipsoid(SHAPE, (0.65, 0.5, 0.6), (0.22, 0.2, 0.14))
     prediction = ellipsoid(SHAPE, (0.655, 0.5, 0.605), (0.21, 0.205, 0.14))
     pair = [torch.from_numpy(mask)[None, None].to(device) for mask in (prediction, target)]

@@ -1,6 +1,7 @@
 """A case: a scan with its labels, read, checked, on the model's grid, and kept in a cache."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -8,19 +9,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data import (
-    NORMALIZATION,
-    VOXELS_PER_ORGAN,
-    Volume,
-    make_volume,
-    resample_labels,
-    to_model_grid,
-)
-from scans.cache import Entry, entry_name, only_writer, write_entry
+from data import NORMALIZATION, Volume, make_volume, resample_labels, to_model_grid
+from scans.cache import entry_name, only_writer, read_target, read_volume, write_entry
 from scans.files import DataError, read_json, reading
 from scans.layouts import Case
 from scans.machine import in_parallel, is_out_of_memory
-from scans.nifti import Scan, corners_apart, read_nifti
+from scans.nifti import Scan, read_nifti
 from scans.values import judge_labels, judge_values
 
 
@@ -52,9 +46,6 @@ class Volumes(Sequence):
         return self.cases[index].read_volume()
 
 
-# ------------------------------------------------------------------------------- read and checked
-
-
 def read_case(
     case: Case, organs: Sequence[str]
 ) -> tuple[Scan | None, np.ndarray, list[str], list[str]]:
@@ -65,52 +56,34 @@ def read_case(
     does not label stay 0, all of them for a case without label files.
     """
     errors: list[str] = []
-    scan = _read(case.image, errors)
-    warnings = list(scan.warnings) if scan else []
-    if scan:
-        impossible, unlikely = judge_values(case.modality, scan)
-        errors += [f"{case.image}: {impossible}"] if impossible else []
-        warnings += unlikely
-    labels = np.zeros(scan.voxels.shape if scan else 0, dtype=np.uint8)
+    warnings: list[str] = []
+    scan, labels = None, np.zeros(0, dtype=np.uint8)
+    try:
+        scan = read_nifti(case.image)
+        labels = np.zeros(scan.voxels.shape, dtype=np.uint8)
+        warnings += scan.warnings
+        warnings += judge_values(case, scan)
+    except DataError as error:
+        errors.append(str(error))
     for path, wanted in case.label_files(organs).items():
-        mask = _read(path, errors)
-        if mask is None or scan is None:
-            continue
-        name = "its label map" if case.values else f"its mask {path.name}"
-        warnings += [f"{name}: {w}" for w in mask.warnings if w not in scan.warnings]
-        if mask.voxels.shape != scan.voxels.shape:
-            errors.append(f"{path}: has {mask.voxels.shape} voxels, its scan {labels.shape}")
-        elif corners_apart(scan.affine, mask.affine, labels.shape):
-            errors.append(f"{path}: lies at another place than its scan, by their affines")
-        else:
-            warnings += [f"{name} {warning}" for warning in judge_labels(case, mask.voxels)]
-            for label, values in wanted:
-                hit = np.isin(np.rint(mask.voxels), values) if values else mask.voxels > 0.5
-                labels[hit] = label
+        try:
+            mask = read_nifti(path)
+            if scan is not None:
+                warnings += judge_labels(case, scan, path, mask)
+                for label, values in wanted:
+                    hit = np.isin(np.rint(mask.voxels), values) if values else mask.voxels > 0.5
+                    labels[hit] = label
+        except DataError as error:
+            errors.append(str(error))
     return scan, labels, errors, warnings
 
 
 def read_usable(case: Case, organs: Sequence[str]) -> tuple[Scan, np.ndarray]:
-    """Scan and labels of read_case; raises DataError for what keeps the case from being used.
-
-    The scan's warnings are those of its labels too.
-    """
+    """A scan, with all warnings of its case, and its labels; raises DataError for a bad case."""
     scan, labels, errors, warnings = read_case(case, organs)
     if errors or scan is None:
         raise DataError("\n".join(errors))
     return scan._replace(warnings=warnings), labels
-
-
-def _read(path: Path, errors: list[str]) -> Scan | None:
-    """Read a file; if that fails, append the reason to `errors` and return None."""
-    try:
-        return read_nifti(path)
-    except DataError as error:
-        errors.append(str(error))
-        return None
-
-
-# ------------------------------------------------------------------ on the grid, and in the cache
 
 
 def load_cases(
@@ -126,90 +99,64 @@ def load_cases(
     A case is preprocessed once, and mapped from disk when it is used. Raises DataError for a case
     that cannot be used, unless skip_bad leaves it out.
     """
-    names = {case.image: name_entry(case, organs, spacing, ct_window) for case in cases}
-
-    def load(case: Case) -> PreparedCase | DataError:
-        name = names[case.image]
-        try:
-            if not (name and (cache / name).exists()):
-                name = preprocess(case, organs, spacing, cache, ct_window)
-            return open_entry(cache / name, case, organs)
-        except DataError as error:
-            return error
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            return DataError(f"{case.image}: too large for this machine's memory ({error})")
-
+    settings = organs, spacing, ct_window
+    names = in_parallel(lambda case: entry_name(case, *settings), cases, "finding scans")
+    folders = {case.image: cache / name for case, name in zip(cases, names, strict=True)}
+    complete = all(folder.exists() for folder in folders.values())
     errors: list[str] = []
     prepared: dict[Path, PreparedCase] = {}
-    complete = all(name and (cache / name).exists() for name in names.values())
-    with (
-        contextlib.nullcontext() if complete else only_writer(cache),
-        # Closed first: its threads have ended before another process may write.
-        contextlib.closing(in_parallel(load, cases, "reading scans")) as loading,
-    ):
-        for case, loaded in zip(cases, loading, strict=True):
-            if isinstance(loaded, PreparedCase):
-                prepared[case.image] = loaded
+    making = in_parallel(
+        lambda case: preprocess(case, *settings, folders[case.image]), cases, "reading scans"
+    )
+    # Closed first: its threads have ended before another process may write.
+    with contextlib.nullcontext() if complete else only_writer(cache), contextlib.closing(making):
+        for case, error in zip(cases, making, strict=True):
+            if not error:
+                prepared[case.image] = open_entry(folders[case.image], case, organs)
             elif skip_bad:
-                errors.append(str(loaded))
+                errors.append(error)
             else:
-                raise DataError(f"{loaded}\n(--skip-bad leaves such cases out)")
+                raise DataError(f"{error}\n(--skip-bad leaves such cases out)")
     return prepared, errors
 
 
-def name_entry(
-    case: Case, organs: Sequence[str], spacing: float, ct_window: tuple[float, float]
-) -> str:
-    """The name of a case's entry in a cache; "" if a file of it cannot be opened."""
-    window = ct_window if case.modality == "ct" else NORMALIZATION["ct"]
-    settings = spacing, {**NORMALIZATION, "ct": window}, VOXELS_PER_ORGAN
-    try:
-        return entry_name(case, organs, *settings)
-    except OSError:
-        return ""
-
-
 def preprocess(
-    case: Case,
-    organs: Sequence[str],
-    spacing: float,
-    cache: Path,
-    ct_window: tuple[float, float] = NORMALIZATION["ct"],
+    case: Case, organs: Sequence[str], spacing: float, ct_window: tuple[float, float], folder: Path
 ) -> str:
-    """Read a case, resample it to cubic voxels of `spacing` mm, normalize it, write its entry.
-
-    Returns the entry's name. Raises DataError, naming the file, for a case that cannot be used.
-    """
-    scan, target = read_usable(case, organs)
-    image = to_model_grid(scan.voxels, scan.spacing, case.modality, spacing, ct_window)
-    one_hot = (torch.from_numpy(target == label).float() for label in range(len(organs) + 1))
-    labels = resample_labels(one_hot, image.shape)
-    labelled = labelled_organs(case, organs)
-    volume = make_volume(case.id, case.modality, image, labels, labelled)
-    name = name_entry(case, organs, spacing, ct_window)
-    write_entry(cache / name, volume, target, scan.spacing, scan.warnings)
-    return name
+    """Write a case's entry, unless it is there; return what keeps it from being used, or ""."""
+    try:
+        if not folder.exists():
+            scan, target = read_usable(case, organs)
+            image = to_model_grid(scan.voxels, scan.spacing, case.modality, spacing, ct_window)
+            one_hot = (torch.from_numpy(target == n).float() for n in range(len(organs) + 1))
+            labels = resample_labels(one_hot, image.shape)
+            labelled = labelled_organs(case, organs)
+            volume = make_volume(case.id, case.modality, image, labels, labelled)
+            write_entry(folder, volume, scan, target)
+    except DataError as error:
+        return str(error)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return f"{case.image}: too large for this machine's memory ({error})"
+    return ""
 
 
 def open_entry(folder: Path, case: Case, organs: Sequence[str]) -> PreparedCase:
     labelled = labelled_organs(case, organs)
-    entry = Entry(folder, case.id, case.modality, labelled)
-    metadata = read_json(folder / "entry.json")
     with reading(folder / "entry.json"):
-        counts, crc, warnings = (metadata[key] for key in ("counts", "image_crc", "warnings"))
-    return PreparedCase(
-        id=case.id,
-        modality=case.modality,
-        counts=np.array(counts),
-        labelled=labelled,
-        read_volume=entry.read_volume,
-        read_target=entry.read_target,
-        contents=folder.name,
-        image_crc=crc,
-        warnings=warnings,
-    )
+        metadata = read_json(folder / "entry.json")
+        return PreparedCase(
+            id=case.id,
+            modality=case.modality,
+            counts=np.array(metadata["counts"]),
+            labelled=labelled,
+            read_volume=functools.partial(read_volume, folder, case.id, case.modality, labelled),
+            read_target=functools.partial(read_target, folder),
+            contents=folder.name,
+            image_crc=metadata["image_crc"],
+            warnings=metadata["warnings"],
+        )
 
 
 def labelled_organs(case: Case, organs: Sequence[str]) -> np.ndarray:

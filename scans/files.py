@@ -6,12 +6,11 @@ import functools
 import hashlib
 import io
 import json
-import math
 import os
 import sys
 import unicodedata
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +38,8 @@ def reading(path: Path) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, DataError) or is_out_of_memory(error):
             raise
-        lines = str(error).strip().splitlines()
-        raise DataError(f"{path}: cannot be read ({lines[0] if lines else error!r})") from error
+        message = (str(error).strip() or repr(error)).splitlines()[0]
+        raise DataError(f"{path}: cannot be read ({message})") from error
 
 
 def names_in(folder: Path) -> dict[str, Path]:
@@ -48,36 +47,40 @@ def names_in(folder: Path) -> dict[str, Path]:
 
     Names are in Unicode's composed form (NFC), so that names which look alike are alike.
     """
-    names = sorted(os.listdir(folder)) if folder.is_dir() else []
+    with reading(folder):
+        names = sorted(os.listdir(folder)) if folder.is_dir() else []
     shown = [name for name in names if not name.startswith(".") and name != "__MACOSX"]
     return {unicodedata.normalize("NFC", name): folder / name for name in shown}
 
 
-def listed(names: Iterable[Any]) -> str:
+def listed(names: Iterable[Any], separator: str = ", ") -> str:
     """Names for a message, which counts those beyond the first few."""
     texts = list(map(str, names))
     more = f" and {len(texts) - LISTED} more" if len(texts) > LISTED else ""
-    return ", ".join(texts[:LISTED]) + more
-
-
-# ------------------------------------------------------------------------------ whole, and claimed
+    return separator.join(texts[:LISTED]) + more
 
 
 def write(path: Path, content: bytes) -> None:
     """Write a file whole or not at all, on the disk when this returns. A file has one writer."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")  # if a kill leaves it, the next write reuses it
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        error.filename = str(path)  # the system does not say which file a full disk is to hold
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
-    """Put a folder's entries on the disk: until then a new name in it may be lost."""
-    if fcntl is not None:  # Windows opens no folder
+    """Put the names in a folder on the disk; until then a new one may be lost."""
+    with contextlib.suppress(OSError):  # on Windows and on some network disks this is not possible
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -96,22 +99,15 @@ def claim(path: Path, content: Mapping[str, Any]) -> None:
 def check_same(path: Path, kept: Mapping[str, Any], content: Mapping[str, Any]) -> None:
     """Raise DataError, with both values of what differs, unless a file holds this content."""
     now = json.loads(to_json(content))
-    differ = [
-        f"{key} {_shown(kept.get(key))}, now {_shown(now.get(key))}"
-        for key in {**kept, **now}
-        if kept.get(key) != now.get(key)
-    ]
+    differ = [key for key in {**kept, **now} if kept.get(key) != now.get(key)]
     if differ:
-        more = f"; and {len(differ) - LISTED} more" if len(differ) > LISTED else ""
-        what = "; ".join(differ[:LISTED])
-        raise DataError(f"{path}: was made with {what}{more}. Give the same, or another --out")
+        values = [f"{key} {_shown(kept.get(key))}, now {_shown(now.get(key))}" for key in differ]
+        what = f"was made with {listed(values, '; ')}"
+        raise DataError(f"{path}: {what}. Give the same, or another --out")
 
 
 def _shown(value: Any) -> str:
     return " ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
-
-
-# ------------------------------------------------------------------------------------------- locks
 
 
 @contextlib.contextmanager
@@ -137,9 +133,6 @@ def lock(path: Path, wait: bool = False) -> Iterator[bool]:
 @functools.cache  # once a folder
 def _warn_of_no_locks(folder: Path) -> None:
     print(f"{folder}: no locks here, so no other process may share this folder", file=sys.stderr)
-
-
-# ---------------------------------------------------------------------------------------- contents
 
 
 def sha256(content: bytes) -> str:
@@ -170,37 +163,18 @@ def read_pt(path: Path) -> dict[str, Any]:
 
     Raises DataError for a file that is damaged, by a single bit even, or something else.
     """
-    with reading(path):
-        with zipfile.ZipFile(path) as archive:
-            # torch.load checks no checksum, and reads entries flagged as directories as empty.
-            flagged = [info.filename for info in archive.infolist() if info.external_attr]
-            damaged = archive.testzip() or "".join(flagged)
-        if damaged:
-            raise ValueError(f"{damaged} in it is damaged")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(content, dict):
-            raise ValueError("expected a dict")
-        return content
+    with reading(path), zipfile.ZipFile(path) as archive:
+        # torch.load checks no checksum, and reads entries flagged as directories as empty.
+        if archive.testzip() or any(info.external_attr for info in archive.infolist()):
+            raise ValueError("a part of it is damaged")
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def to_bytes(text: str) -> bytes:
-    return text.encode("utf-8", "surrogateescape")  # names of files may be no UTF-8
-
-
-def to_csv(rows: Iterable[Mapping[str, Any]], columns: Iterable[str] = ()) -> bytes:
+def to_csv(rows: Iterable[Mapping[str, Any]], columns: Sequence[str] = ()) -> bytes:
     """Rows as CSV; columns: all that a row has, by default. None and NaN are empty cells."""
     rows, text = list(rows), io.StringIO()
-    names = list(columns) or list(dict.fromkeys(column for row in rows for column in row))
-    writer = csv.DictWriter(text, names, restval="", extrasaction="ignore")
-    writer.writeheader()
-    for row in rows:
-        empty = {k: "" for k, v in row.items() if isinstance(v, float) and math.isnan(v)}
-        writer.writerow({**row, **empty})
-    return to_bytes(text.getvalue())
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    """The rows of a file of to_csv."""
-    with reading(path):
-        text = path.read_bytes().decode("utf-8", "surrogateescape")
-        return list(csv.DictReader(io.StringIO(text, newline="")))
+    names = columns or list(dict.fromkeys(name for row in rows for name in row))
+    cells = [[row.get(name) for name in names] for row in rows]
+    table = [["" if cell != cell else cell for cell in row] for row in cells]  # NaN is not itself
+    csv.writer(text).writerows([names, *table])
+    return text.getvalue().encode("utf-8", "surrogateescape")  # names of files may be no UTF-8

@@ -7,22 +7,20 @@ folder. No scan is opened here.
 import csv
 import hashlib
 import io
+import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from scans import nnunet
 from scans.files import DataError, listed, names_in, reading
-from scans.organs import AMOS, ORGANS, check_apart, match
+from scans.organs import AMOS, ORGANS, check_apart, match, spelling
 
 MODALITIES = ("ct", "mri")
 SPLITS = ("train", "val", "test")
-TOTALSEGMENTATOR_CASE = re.compile(r"s\d{4}")
 KIDNEYS = {"kidney_left", "kidney_right"}
-AMOS_CASE = re.compile(r"amos_\d{4}\.nii\.gz")
-WITHOUT = "without the file, a split is made by seed"
 
 # organ → the files that hold it, each with the label values that mean it; no values: any > 0.5
 Masks = dict[str, list[tuple[Path, tuple[int, ...]]]]
@@ -66,8 +64,8 @@ def find_cases(
     root = Path(folder)
     if not root.is_dir():
         raise DataError(f"{root}: no such folder")
-    names = [layout] if layout else LAYOUTS
-    found = {name: LAYOUTS[name](root, organs, modality) for name in names}
+    finders = {layout: LAYOUTS[layout]} if layout else LAYOUTS
+    found = {name: list(find(root, organs, modality)) for name, find in finders.items()}
     found = {name: cases for name, cases in found.items() if cases}
     if len(found) > 1:
         raise DataError(f"{root}: looks like {' and '.join(found)}; say which with --layout")
@@ -78,99 +76,126 @@ def find_cases(
             "dataset.json with imagesTr/ and labelsTr/ (nnU-Net raw); DICOM must be converted first"
         )
     [cases] = found.values()
+    cases = sorted(cases, key=lambda case: (case.id, case.modality))
     kept = [case for case in cases if modality in (None, case.modality)]
     if not kept:
         raise DataError(f"{root}: holds {cases[0].modality.upper()} scans only, no {modality}")
-    for (id_, _), n in Counter((case.id, case.modality) for case in kept).items():
-        if n > 1:
-            raise DataError(f"{root}: two cases have the id {id_}; rename or remove one of them")
+    ids = Counter((case.id, case.modality) for case in kept)
+    twice = [id_ for (id_, _), n in ids.items() if n > 1]
+    if twice:
+        raise DataError(f"{root}: two cases have the id {twice[0]}; rename or remove one of them")
     return kept
 
 
-# -------------------------------------------------------------------------------- TotalSegmentator
-
-
-def _find_totalsegmentator(root: Path, organs: Sequence[str], modality: str | None) -> list[Case]:
-    scans = _totalsegmentator_scans(root)
-    splits = read_splits(root, [id_ for id_, _ in scans]) if scans else {}
-    labelled = set()
-    for id_, _ in scans:
-        names = names_in(root / id_ / "segmentations")
-        labelled |= {name.removesuffix(".nii.gz") for name in names if name.endswith(".nii.gz")}
+def _totalsegmentator(root: Path, organs: Sequence[str], modality: str | None) -> Iterator[Case]:
+    folders = names_in(root)
+    scans = _totalsegmentator_scans(folders)
+    splits = read_splits(root, {id_ for id_, _ in scans}) if scans else {}
+    files = {id_: names_in(folders[id_] / "segmentations") for id_, _ in scans}
+    names = {name for own in files.values() for name in own if name.endswith(".nii.gz")}
+    labelled = {name.removesuffix(".nii.gz") for name in names}
     if labelled & KIDNEYS:
         labelled |= KIDNEYS
     found = match(organs, sorted(labelled))
     check_apart(root, dict.fromkeys(labelled, ()), found)
-    cases = []
+    wanted = {o: [f"{name}.nii.gz" for name in found[o]] for o in found}
     for id_, kind in scans:
-        image, folder = root / id_ / f"{kind}.nii.gz", root / id_ / "segmentations"
-        masks: Masks = {o: [(folder / f"{name}.nii.gz", ()) for name in found[o]] for o in found}
-        case = Case(str(root), id_, kind, splits.get(id_, ""), image, masks)
-        cases.append(case._replace(structures=tuple(sorted(labelled))))
-    return cases
+        image, folder = folders[id_] / f"{kind}.nii.gz", folders[id_] / "segmentations"
+        own, split = files[id_], splits.get(id_, "")
+        masks: Masks = {o: [(own.get(f, folder / f), ()) for f in wanted[o]] for o in wanted}
+        yield Case(str(root), id_, kind, split, image, masks, (), tuple(sorted(labelled)))
 
 
-def _totalsegmentator_scans(root: Path) -> list[tuple[str, str]]:
+def _totalsegmentator_scans(folders: Mapping[str, Path]) -> list[tuple[str, str]]:
     """(id, modality) of each scan that is in a folder, or should be by what else is there."""
     scans, without = [], []
-    for id_, folder in names_in(root).items():
-        looks_like_one = TOTALSEGMENTATOR_CASE.fullmatch(id_)
-        try:
-            names = names_in(folder)
-        except PermissionError:
-            if looks_like_one:
-                raise
-            continue  # somebody else's
-        found = [kind for kind in MODALITIES if f"{kind}.nii.gz" in names]
-        scans += [(id_, kind) for kind in found]
-        if not found and ("segmentations" in names or looks_like_one):
+    for id_, folder in folders.items():
+        looks_like_one = re.fullmatch(r"s\d{4}", id_)
+        if not (looks_like_one or os.access(folder, os.R_OK)):
+            continue  # somebody else's: lost+found, for instance
+        names = names_in(folder)
+        kinds = [kind for kind in MODALITIES if f"{kind}.nii.gz" in names]
+        scans += [(id_, kind) for kind in kinds]
+        if not kinds and ("segmentations" in names or looks_like_one):
             without.append(id_)
-    return sorted(scans + [(id_, scans[0][1]) for id_ in without if scans])
+    return scans + [(id_, scans[0][1]) for id_ in without if scans]
 
 
-def read_splits(root: Path, ids: Sequence[str]) -> dict[str, str]:
+def _amos(root: Path, organs: Sequence[str], modality: str | None) -> Iterator[Case]:
+    if not any(_amos_names(root / part) for part in ("imagesTr", "imagesVa")):
+        return
+    for part, split in (("Tr", "train"), ("Va", "val")):
+        images, labels = root / f"images{part}", root / f"labels{part}"
+        for name in {*_amos_names(images), *_amos_names(labels)}:
+            id_ = name.removesuffix(".nii.gz")
+            kind = "mri" if int(id_[-4:]) > 500 else "ct"
+            # Nobody has drawn bladder and prostate in MRI.
+            values = {organ: (n,) for n, organ in AMOS.items() if kind == "ct" or n < 14}
+            masks, known = _label_map(labels / name, values, organs), (0, *AMOS)
+            yield Case(str(root), id_, kind, split, images / name, masks, known, tuple(values))
+
+
+def _amos_names(folder: Path) -> list[str]:
+    return [name for name in names_in(folder) if re.fullmatch(r"amos_\d{4}\.nii\.gz", name)]
+
+
+def _label_map(file: Path, values: Mapping[str, tuple[int, ...]], organs: Sequence[str]) -> Masks:
+    """The organs that are in a label map; values: {structure: those that mean it}."""
+    found = match(organs, values)
+    return {organ: [(file, sum((values[n] for n in found[organ]), ()))] for organ in found}
+
+
+def _nnunet(root: Path, organs: Sequence[str], modality: str | None) -> Iterator[Case]:
+    file = root / "dataset.json"
+    is_amos = any(_amos_names(root / f"images{part}") for part in ("Tr", "Va", "Ts"))
+    if is_amos or not file.exists():  # AMOS22's dataset.json has another form
+        return
+    channels, labels, ending = nnunet.read_dataset_json(file, organs)
+    kind = nnunet.modality_of(file, channels, modality)
+    values = {name: v for name, v in labels.items() if spelling(name) != "background"}
+    check_apart(file, values, match(organs, values))
+    known = sum(labels.values(), ())
+    warnings = tuple(f"{file}: {warning}" for warning in nnunet.warn_of_parts(values, organs))
+    for id_, (image, label_file) in nnunet.find_files(root, ending).items():
+        masks = _label_map(label_file, values, organs)
+        yield Case(str(root), id_, kind, "", image, masks, known, tuple(values), warnings)
+
+
+LAYOUTS = {"totalsegmentator": _totalsegmentator, "amos": _amos, "nnunet": _nnunet}
+
+
+def read_splits(root: Path, ids: Collection[str]) -> dict[str, str]:
     """{id: split} by the table meta.csv beside the scans; empty without one.
 
     Raises DataError where the split of a case cannot be told, because a case that is meant for the
     test would be trained on.
     """
     files = [path for name, path in names_in(root).items() if name.lower() == "meta.csv"]
-    if not files:
-        return {}
-    [file] = files
-    rows = _read_rows(file)
+    rows = [row for file in files for row in _read_rows(file)]
     if not any(split for _, split in rows):
         return {}
-    n_rows, n_scans = Counter(name for name, _ in rows), Counter(map(_spelling, ids))
-    problems = {
-        "names more than once": [
-            i for i in ids if max(n_rows[_spelling(i)], n_scans[_spelling(i)]) > 1
-        ],
-        "gives no split (train, val or test) to": [
-            i for i in ids if dict(rows).get(_spelling(i)) not in SPLITS
-        ],
-    }
-    for what, wrong in problems.items():
-        if wrong:
-            raise DataError(f"{file}: {what} {listed(wrong)}; give each scan one row; {WITHOUT}")
-    return {id_: dict(rows)[_spelling(id_)] for id_ in ids}
+    keys, split_of = {id_: _spelling(id_) for id_ in sorted(ids)}, dict(rows)
+    n_rows, n_scans = Counter(key for key, _ in rows), Counter(keys.values())
+    unclear = {key for key in n_scans if n_rows[key] != 1 or split_of[key] not in SPLITS}
+    wrong = [id_ for id_, key in keys.items() if key in unclear or n_scans[key] > 1]
+    if wrong:
+        what = "must name each scan in one row, with the split train, val or test, but does not"
+        advice = "without the file, a split is made by seed"
+        raise DataError(f"{files[0]}: {what} for {listed(wrong)}; {advice}")
+    return {id_: split_of[key] for id_, key in keys.items()}
 
 
 def _read_rows(file: Path) -> list[tuple[str, str]]:
     """The id, in one spelling, and the split of each row."""
     with reading(file):
-        content = file.read_bytes()
-        try:
-            text = content.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            text = content.decode("latin-1")
+        text = file.read_text(encoding="utf-8-sig", errors="replace").lower()
         delimiter = max(";,\t", key=text.partition("\n")[0].count)
         # strict: a quotation mark without its partner would swallow rows
-        rows = list(csv.reader(io.StringIO(text), delimiter=delimiter, strict=True))
-        columns = [name.strip().lower() for name in rows[0]]
-        id_, split = columns.index("image_id"), columns.index("split")
-        filled = [row for row in rows[1:] if any(cell.strip() for cell in row)]
-        return [(_spelling(row[id_]), row[split].strip().lower()) for row in filled]
+        rows = csv.DictReader(io.StringIO(text), delimiter=delimiter, strict=True, restval="")
+        rows.fieldnames = [name.strip() for name in rows.fieldnames or ()]
+        if not {"image_id", "split"} <= set(rows.fieldnames):
+            raise ValueError("it has no columns image_id and split")
+        return [(_spelling(row["image_id"]), row["split"].strip()) for row in rows]
 
 
 def _spelling(id_: str) -> str:
@@ -178,62 +203,6 @@ def _spelling(id_: str) -> str:
     name = id_.strip().lower().removesuffix(".gz").removesuffix(".nii")
     number = re.fullmatch(r"s?0*(\d+)", name)
     return f"s{number[1]}" if number else name
-
-
-# ------------------------------------------------------------------------ AMOS22, and nnU-Net raw
-
-
-def _find_amos(root: Path, organs: Sequence[str], modality: str | None) -> list[Case]:
-    cases: list[Case] = []
-    if not any(_amos_names(root, part) for part in ("imagesTr", "imagesVa")):
-        return cases
-    for part, split in (("Tr", "train"), ("Va", "val")):
-        images, labels = root / f"images{part}", root / f"labels{part}"
-        for name in sorted({*_amos_names(root, images.name), *_amos_names(root, labels.name)}):
-            id_ = name.removesuffix(".nii.gz")
-            kind = "mri" if int(id_[-4:]) > 500 else "ct"
-            # Nobody has drawn bladder and prostate in MRI.
-            numbers = {o: n for n, o in AMOS.items() if kind == "ct" or n < 14}
-            found = match(organs, numbers)
-            masks = {o: [(labels / name, tuple(numbers[n] for n in found[o]))] for o in found}
-            values, image = (0, *AMOS), images / name
-            cases.append(Case(str(root), id_, kind, split, image, masks, values, tuple(numbers)))
-    return sorted(cases, key=lambda case: case.id)
-
-
-def _amos_names(root: Path, folder: str) -> Iterable[str]:
-    return [name for name in names_in(root / folder) if AMOS_CASE.fullmatch(name)]
-
-
-def _find_nnunet(root: Path, organs: Sequence[str], modality: str | None) -> list[Case]:
-    file = root / "dataset.json"
-    is_amos = any(_amos_names(root, f"images{part}") for part in ("Tr", "Va", "Ts"))
-    if is_amos or not file.exists():  # AMOS22's dataset.json has another form
-        return []
-    channels, labels, ending = nnunet.read_dataset_json(file, organs)
-    kind = nnunet.modality_of(file, channels, modality)
-    structures = {name: v for name, v in labels.items() if nnunet.is_structure(name)}
-    found = match(organs, structures)
-    check_apart(file, structures, found)
-    values_of = {o: tuple(v for name in found[o] for v in structures[name]) for o in found}
-    known = tuple(value for values in labels.values() for value in values)
-    warnings = [f"{file}: {warning}" for warning in nnunet.warn_of_parts(structures, found)]
-    cases = []
-    for id_, (image, label_file) in nnunet.find_files(root, ending).items():
-        masks: Masks = {organ: [(label_file, values)] for organ, values in values_of.items()}
-        case = Case(str(root), id_, kind, "", image, masks, known, tuple(structures))
-        cases.append(case._replace(warnings=tuple(warnings)))
-    return cases
-
-
-LAYOUTS = {
-    "totalsegmentator": _find_totalsegmentator,
-    "amos": _find_amos,
-    "nnunet": _find_nnunet,
-}
-
-
-# ------------------------------------------------------------------------------------------ splits
 
 
 def split_cases(

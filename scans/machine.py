@@ -1,11 +1,12 @@
 """What the machine holds and how it is used: memory, and threads that read scans side by side."""
 
 import contextlib
+import itertools
 import math
 import os
 import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +57,8 @@ def in_parallel(function: Callable, jobs: Sequence, label: str) -> Generator[Any
     There are fewer threads where memory does not hold as many large scans. Threads suffice because
     decompression, NumPy and PyTorch release Python's lock while they compute.
     """
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    threads = max(1, int(min(cores, free_memory() / LARGE_SCAN)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = max(1, int(min(cores or 1, free_memory() / LARGE_SCAN)))
     pool = ThreadPoolExecutor(threads)
     try:
         results = pool.map(function, jobs)
@@ -73,11 +73,6 @@ def in_background(
 ) -> Iterator[tuple[Any, Any]]:
     """(name, function(*args)) of every (name, args), in order, while this thread makes the next."""
     with ThreadPoolExecutor(1) as pool:
-        waiting: tuple[Any, Future] | None = None
-        for name, args in jobs:
-            following = name, pool.submit(function, *args)
-            if waiting:
-                yield waiting[0], waiting[1].result()
-            waiting = following
-        if waiting:
-            yield waiting[0], waiting[1].result()
+        begun: Iterator[Any] = ((name, pool.submit(function, *args)) for name, args in jobs)
+        for (name, result), _following in itertools.pairwise(itertools.chain(begun, [None])):
+            yield name, result.result()

@@ -4,18 +4,21 @@ A scan is read in its closest canonical orientation: arrays run right, anterior,
 """
 
 import gzip
+import io
 import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import nibabel
 import numpy as np
 from nibabel.affines import voxel_sizes
+from nibabel.arrayproxy import ArrayProxy
 
 from scans.files import DataError, reading
 
+KINDS = (nibabel.Nifti1Image, nibabel.Nifti2Image)
 GZIP = b"\x1f\x8b"  # how such a file begins
 GEOMETRY = (  # fields of a header
     *("pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d"),
@@ -23,7 +26,7 @@ GEOMETRY = (  # fields of a header
 )
 LONGEST, SHORTEST = 4000, 20  # mm of a scan's longest side; a file in metres is below
 SHEAR = 0.01  # cosine between two axes; more is no rounding
-SILENT = logging.Logger("silent", logging.CRITICAL + 1)  # nibabel's words name no file
+SILENT = logging.Logger("silent", logging.CRITICAL + 1)  # for what nibabel mends
 
 
 class Scan(NamedTuple):
@@ -51,46 +54,42 @@ def read_nifti(path: Path) -> Scan:
         content = path.read_bytes()
         if content[:2] == GZIP:
             content = gzip.decompress(content)
-        kind = _parse_header(content)
-        file = kind.from_bytes(content)
+        file = _parse(content)
         canonical = nibabel.as_closest_canonical(nibabel.funcs.squeeze_image(file))
         voxels = np.ascontiguousarray(canonical.get_fdata(dtype=np.float32, caching="unchanged"))
         n_odd = voxels.size - int(np.isfinite(voxels).sum())
         if n_odd:
             raise ValueError(f"it has {n_odd} voxels that are NaN or infinite")
-    affine = canonical.affine
-    spacing = tuple(voxel_sizes(affine).tolist())
-    return Scan(voxels, spacing, affine, file.header, file.affine, _header_warnings(file))
+    spacing = tuple(voxel_sizes(canonical.affine).tolist())
+    warnings = _header_warnings(file)
+    return Scan(voxels, spacing, canonical.affine, file.header, file.affine, warnings)
 
 
-def _parse_header(content: bytes) -> Any:
-    """The kind of NIfTI image; raises ValueError for a header that no 3D scan of a person has."""
-    for kind in (nibabel.Nifti1Image, nibabel.Nifti2Image):
-        if kind.header_class.may_contain_header(content[:540]):
-            break
-    else:
+def _parse(content: bytes) -> nibabel.Nifti1Image:
+    """The image of a NIfTI file; raises ValueError for a header that no 3D scan of a person has."""
+    kinds = [k for k in KINDS if k.header_class.may_contain_header(content[:540])]
+    if not kinds:
         raise ValueError("it is truncated, or not a NIfTI file")
-    size = kind.header_class.template_dtype.itemsize
-    header = kind.header_class(content[:size], check=False)
+    header = kinds[0].header_class(content[: kinds[0].header_class.sizeof_hdr], check=False)
     pixdim = header["pixdim"][1:4].tolist()
     if not all(math.isfinite(mm) and mm > 0 for mm in pixdim):  # nibabel mends a 0
         raise ValueError(f"voxel size {pixdim} mm is not positive")
     header.check_fix(SILENT)
     shape, dtype = header.get_data_shape(), header.get_data_dtype()
-    affine = header.get_best_affine()
-    longest = max(voxel_sizes(affine) * shape[:3]) if len(shape) >= 3 else 0
-    n_bytes = int(header.get_data_offset()) + math.prod(shape) * dtype.itemsize
     if len(shape) < 3 or min(shape) < 1 or math.prod(shape) != math.prod(shape[:3]):
         raise ValueError(f"shape {shape}; expected one 3D volume")
     if dtype.kind not in "iuf":
         raise ValueError(f"it holds {dtype}; expected one real number per voxel")
-    if n_bytes > len(content):
+    if header.get_data_offset() + math.prod(shape) * dtype.itemsize > len(content):
         raise ValueError(f"truncated: {len(content)} bytes are too few for shape {shape}")
+    affine = header.get_best_affine()
     if not (np.isfinite(affine).all() and np.linalg.matrix_rank(affine) == 4):
         raise ValueError("its affine is singular or not finite")
+    longest = max(voxel_sizes(affine) * shape[:3])
     if not SHORTEST <= longest <= LONGEST:
         raise ValueError(f"its longest side is {longest:.3g} mm; are its voxel sizes in mm?")
-    return kind
+    # from_bytes would do the same, and print what it mends without the file's name.
+    return kinds[0](ArrayProxy(io.BytesIO(content), header), affine, header)
 
 
 def _header_warnings(file: nibabel.Nifti1Image) -> list[str]:

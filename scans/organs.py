@@ -12,29 +12,14 @@ from pathlib import Path
 from scans.files import DataError
 
 ORGANS = ("liver", "kidneys", "spleen", "pancreas", "gallbladder")  # the paper's; phantoms' too
-AMOS = {  # by number: the names in its dataset.json are misspelt
-    1: "spleen",
-    2: "right kidney",
-    3: "left kidney",
-    4: "gallbladder",
-    5: "esophagus",
-    6: "liver",
-    7: "stomach",
-    8: "aorta",
-    9: "postcava",
-    10: "pancreas",
-    11: "right adrenal gland",
-    12: "left adrenal gland",
-    13: "duodenum",
-    14: "bladder",
-    15: "prostate or uterus",
-}
+# AMOS22's by number, because the names in its dataset.json are misspelt.
+AMOS = {1: "spleen", 2: "right kidney", 3: "left kidney", 4: "gallbladder", 5: "esophagus"}
+AMOS |= {6: "liver", 7: "stomach", 8: "aorta", 9: "postcava", 10: "pancreas"}
+AMOS |= {11: "right adrenal gland", 12: "left adrenal gland", 13: "duodenum", 14: "bladder"}
+AMOS |= {15: "prostate or uterus"}
 SIDES = {"l": "left", "lt": "left", "r": "right", "rt": "right"}
-SYNONYMS = {  # AMOS22's names, and TotalSegmentator's
-    "kidneys": "kidney",
-    "postcava": "inferiorvenacava",
-    "bladder": "urinarybladder",
-}
+# AMOS22's names, and TotalSegmentator's
+SYNONYMS = {"kidneys": "kidney", "postcava": "inferiorvenacava", "bladder": "urinarybladder"}
 NO_STRUCTURES = ("background", "ignore")
 
 
@@ -77,19 +62,18 @@ def check_organs(
     labelled = {folder: set(match(organs, names)) for folder, names in structures.items()}
     some, common = set.union(*labelled.values()), set.intersection(*labelled.values())
     held = "; ".join(f"{k}: {', '.join(names) or 'none'}" for k, names in structures.items())
-    for folder, found in labelled.items():
-        if partial and not found:
-            what = f"labels none of {', '.join(organs)} ({held})"
-            raise DataError(f"{folder}: {what}; leave it out")
+    idle = [folder for folder, found in labelled.items() if not found]
+    if partial and idle:
+        raise DataError(f"{idle[0]}: labels none of {', '.join(organs)} ({held}); leave it out")
     usable = [organ for organ in organs if organ in (some if partial else common)]
-    if len(usable) < len(organs):
+    lacking = [organ for organ in organs if organ not in usable]
+    if lacking:
         advice = [f"--organs {shlex.join(usable)}"] if usable else []
-        if set(organs) <= some:
+        if some.issuperset(organs):
             advice.append("--partial-labels, and each hospital trains on the organs that it has")
-        lacking = ", ".join(organ for organ in organs if organ not in usable)
         raise DataError(
-            f"not {'one folder' if partial else 'every folder'} labels {lacking} ({held}); "
-            f"use {' or '.join(advice) or 'folders that share an organ'}"
+            f"not {'one folder' if partial else 'every folder'} labels {', '.join(lacking)} "
+            f"({held}); use {' or '.join(advice) or 'folders that share an organ'}"
         )
 
 
@@ -103,8 +87,7 @@ def check_apart(
     owner: dict[object, str] = {}
     for organ, names in found.items():
         for label in [label for name in names for label in structures[name] or (name,)]:
-            if owner.setdefault(label, organ) != organ:
-                raise DataError(
-                    f"{where}: {owner[label]} and {organ} share voxels (label {label}), of which "
-                    "each can be of one organ only; leave one out of --organs"
-                )
+            other = owner.setdefault(label, organ)
+            if other != organ:
+                what = f"{other} and {organ} share voxels (label {label})"
+                raise DataError(f"{where}: {what}; leave one out of --organs")

@@ -6,7 +6,6 @@ Exit code 1 if a case cannot be used.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 
@@ -16,7 +15,7 @@ from scans.cases import read_case
 from scans.files import DataError
 from scans.layouts import LAYOUTS, MODALITIES, Case, find_cases
 from scans.machine import in_parallel
-from scans.organs import ORGANS, match
+from scans.organs import ORGANS
 from study.console import run_command, use_any_characters
 
 
@@ -26,56 +25,51 @@ def inspect(case: Case, organs: Sequence[str]) -> dict:
     scan, labels, errors, warnings = read_case(case, labelled)
     if not (errors or labels.any()):
         warnings.append(f"has none of {', '.join(labelled)}; it is all background")
-    counts = np.bincount(labels.ravel(), minlength=len(labelled) + 1)
+    lines = [f"{error}; the case cannot be used" for error in errors]
+    counts = np.bincount(labels.ravel(), minlength=len(labelled) + 1)[1:].tolist()
     return {
         "modality": case.modality,
-        "errors": errors,
-        "warnings": [f"{case.image}: {warning}" for warning in warnings],
+        "usable": not errors,
+        "lines": lines + [f"{case.image}: {warning}" for warning in warnings],
         "spacing": scan.spacing if scan else (),
         "size": scan.voxels.shape if scan else (),
-        "voxels": dict(zip(labelled, counts[1:].tolist(), strict=True)),
+        "voxels": dict(zip(labelled, counts, strict=True)),
     }
 
 
-def check_folder(
-    folder: str, layout: str | None, modality: str | None, organs: Sequence[str]
-) -> tuple[bool, list[str]]:
-    """Read every case of a folder; whether all can be used, and the lines to print."""
+def check_folder(folder: str, args: argparse.Namespace) -> bool:
+    """Read every case of a folder and print what there is to say; whether all can be used."""
+    organs = args.organs or ORGANS
     try:
-        cases = find_cases(folder, modality, layout, organs)
-        structures = cases[0].structures
-        if not match(organs, structures):
-            what = f"labels none of {', '.join(organs)}; it labels {', '.join(structures)}"
-            raise DataError(f"{folder}: {what}")
-    except DataError as error:
-        return False, [f"  {error}"]
+        cases = find_cases(folder, args.modality, args.layout, organs)
+        if not cases[0].masks:
+            held = ", ".join(cases[0].structures) or "nothing"
+            raise DataError(f"{folder}: labels none of {', '.join(organs)}; it labels {held}")
+    except (DataError, OSError) as error:
+        print(f"{folder}\n  {error}")
+        return False
     reports = list(in_parallel(lambda case: inspect(case, organs), cases, folder))
-    errors = [error for report in reports for error in report["errors"]]
-    warnings = [warning for report in reports for warning in report["warnings"]]
-    warnings += dict.fromkeys(warning for case in cases for warning in case.warnings)
-    lines = [f"  {error}; the case cannot be used" for error in errors]
-    lines += [f"  {warning}" for warning in warnings]
-    return not errors, lines + summarize(reports, organs)
+    lines = [f"  {line}" for report in reports for line in report["lines"]]
+    lines += dict.fromkeys(f"  {warning}" for case in cases for warning in case.warnings)
+    print(folder, *lines, *summarize(reports, organs), sep="\n", flush=True)
+    return all(report["usable"] for report in reports)
 
 
 def summarize(reports: Sequence[dict], organs: Sequence[str]) -> list[str]:
     """Lines that sum up the usable cases of a folder, by modality."""
 
     def span(values: Sequence[float]) -> str:
-        low, high = f"{min(values):.6g}", f"{max(values):.6g}"
-        return low if low == high else f"{low}…{high}"
+        return "…".join(dict.fromkeys(f"{value:.6g}" for value in (min(values), max(values))))
 
     lines = []
     for modality in sorted({report["modality"] for report in reports}):
         every = [r for r in reports if r["modality"] == modality]
-        cases = [r for r in every if not r["errors"]]
+        cases = [r for r in every if r["usable"]]
         lines.append(f"  {modality.upper()}: {len(cases)} of {len(every)} cases usable")
-        if not cases:
-            continue
-        for key, unit in (("spacing", "mm"), ("size", "voxels")):
+        for key, unit in (("spacing", "mm"), ("size", "voxels")) if cases else ():
             axes = zip(*(r[key] for r in cases), strict=True)
             lines.append(f"    {key:12} {' × '.join(map(span, axes))} {unit}")
-        for organ in organs:
+        for organ in organs if cases else ():
             voxels = [r["voxels"][organ] for r in cases if organ in r["voxels"]]
             found = [n for n in voxels if n]
             text = f"{len(found)} of {len(voxels)} cases" if voxels else "not labelled"
@@ -84,16 +78,9 @@ def summarize(reports: Sequence[dict], organs: Sequence[str]) -> list[str]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Read all folders and print what there is to say; 1 if a case cannot be used."""
-    usable = True
-    for folder in args.folders:
-        well, lines = check_folder(folder, args.layout, args.modality, args.organs or ORGANS)
-        usable &= well
-        try:
-            print(folder, *lines, sep="\n", flush=True)
-        except BrokenPipeError:  # `| head` has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return int(not usable)
+    """Read all folders; 1 if a case cannot be used."""
+    bad = [folder for folder in args.folders if not check_folder(folder, args)]
+    return int(bool(bad))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,10 +92,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add = parser.add_argument
+    add, default = parser.add_argument, f"default: {' '.join(ORGANS)}"
     add("folders", nargs="+", metavar="DIR", help="a hospital's folder")
-    text = f"to look at (default: {' '.join(ORGANS)})"
-    add("--organs", nargs="+", action="extend", metavar="ORGAN", help=text)
+    add("--organs", nargs="+", action="extend", metavar="ORGAN", help=f"to look at ({default})")
     add("--layout", choices=LAYOUTS, help="where a folder looks like two")
     add("--modality", choices=MODALITIES, help="where names do not tell it")
     args = parser.parse_args(argv)

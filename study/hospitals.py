@@ -37,6 +37,7 @@ class Source(NamedTuple):
     name: str
     folder: str
     modality: str  # "" for --test
+    sites: list[str]  # the names of its hospitals
     cases: list[Case]  # none on phantoms
 
 
@@ -52,8 +53,7 @@ def load_hospitals(
     sources = find_sources(config)
     check_modalities(needed, {source.modality for source in sources})
     if config.on_phantoms:
-        seeds = {seed: phantom_hospitals(config, seed, sources) for seed in config.seeds}
-        return seeds, []
+        return {seed: phantom_hospitals(config, seed, sources) for seed in config.seeds}, []
     if all_sites_local or not config.partial_labels:
         structures = {source.folder: source.cases[0].structures for source in sources}
         check_organs(structures, config.organs, config.partial_labels)
@@ -68,8 +68,8 @@ def load_hospitals(
             by_seed[seed] = []
             for source in sources:
                 parts, empty = split_prepared(source, prepared, seed, bool(config.test))
+                by_seed[seed] += split_into_sites(source, parts)
                 left_out += empty
-                by_seed[seed] += split_into_sites(source, parts, config.sites)
             check_modalities(needed, {h.modality for h in by_seed[seed] if h.train})
             warnings += warn_of_few(by_seed[seed], needed if all_sites_local else ())
     except DataError as error:  # which may follow from what was left out
@@ -89,98 +89,77 @@ def check_modalities(needed: Iterable[str], held: Collection[str]) -> None:
             )
 
 
-# ---------------------------------------------------------------------------------- where they lie
-
-
 def find_sources(config: Config) -> list[Source]:
     """What the config names, with the cases of its folders; no scan is opened yet.
 
     Raises DataError for a folder without cases, a scan in two of them, and hospitals of one name.
     """
+    named = [(folder, "mri") for folder in config.mri]
+    named += [(folder, "ct") for folder in config.ct]
+    named += [(folder, "") for folder in config.test]
     if config.on_phantoms:
         named = [("mri", "mri"), ("ct", "ct"), ("other-scanner", "")]
-    else:
-        named = [(folder, "mri") for folder in config.mri]
-        named += [(folder, "ct") for folder in config.ct]
-        named += [(folder, "") for folder in config.test]
     names = [os.path.basename(os.path.abspath(folder)) for folder, _ in named]
     names = [n if names.count(n) == 1 else f"{n}-{i}" for i, n in enumerate(names, start=1)]
     sources = []
     for name, (folder, modality) in zip(names, named, strict=True):
+        several = config.sites > 1 and modality
+        sites = [f"{name}-{i + 1}" for i in range(config.sites)] if several else [name]
         cases = []
         if not config.on_phantoms:
             cases = find_cases(folder, modality or None, config.layout or None, config.organs)
-        sources.append(Source(name, folder, modality, cases))
-    all_names = [site for source in sources for site in site_names(source, config.sites)]
+        sources.append(Source(name, folder, modality, sites, cases))
+    all_names = [site for source in sources for site in source.sites]
     if len(set(all_names)) < len(all_names):
         raise DataError(f"two hospitals would have the same name ({', '.join(all_names)})")
     scans = Counter(os.path.realpath(case.image) for source in sources for case in source.cases)
     for scan, n in scans.items():
         if n > 1:
-            where = "in two of the folders given, or under two names"
-            raise DataError(f"{scan}: is there twice, {where}; a scan has one role only")
+            raise DataError(f"{scan}: is there twice, in two folders given or under two names")
     return sources
-
-
-def site_names(source: Source, sites: int) -> list[str]:
-    if sites == 1 or not source.modality:
-        return [source.name]
-    return [f"{source.name}-{i + 1}" for i in range(sites)]
 
 
 def split_prepared(
     source: Source, prepared: Mapping[Path, PreparedCase], seed: int, test_elsewhere: bool
 ) -> tuple[Parts, list[str]]:
-    """The usable cases of a folder by split, and what was left out of it.
-
-    Cases without any organ are tested on only.
-    """
+    """The usable cases of a folder by split, and what of it is left out of train and val."""
     usable = [case for case in source.cases if case.image in prepared]
     split: dict[str, list[Case]] = {"train": [], "val": [], "test": usable}
     if source.modality:
         split = split_cases(usable, seed, test_elsewhere)
-    parts = {name: [prepared[case.image] for case in cases] for name, cases in split.items()}
-    left_out = []
-    for name in ("train", "val"):
-        held = [case for case in parts[name] if case.counts[1:].any()]
-        if len(held) < len(parts[name]):
-            n_empty = len(parts[name]) - len(held)
+    parts, left_out = {}, []
+    for name, cases in split.items():
+        found = [prepared[case.image] for case in cases]
+        parts[name] = [case for case in found if name == "test" or case.counts[1:].any()]
+        n_empty = len(found) - len(parts[name])
+        if n_empty:
             left_out.append(f"left out: {source.name}, {name}: {n_empty} scans without any organ")
-        parts[name] = held
     return parts, left_out
 
 
-def split_into_sites(source: Source, parts: Parts, sites: int) -> list[Hospital]:
+def split_into_sites(source: Source, parts: Parts) -> list[Hospital]:
     """Divide the cases of a source among its hospitals; one that is only tested on stays whole."""
-    names, n_train = site_names(source, sites), len(parts["train"])
-    if source.modality and sites > 1 and n_train < sites:
-        raise DataError(f"--sites {sites}: {source.folder} has {n_train} training cases, too few")
+    n_sites, n_train = len(source.sites), len(parts["train"])
+    if n_sites > 1 and n_train < n_sites:
+        raise DataError(f"--sites {n_sites}: {source.folder} has {n_train} training cases, too few")
     hospitals = []
-    for i, name in enumerate(names):
-        train, val, test = (parts[split][i :: len(names)] for split in SPLITS)
+    for i, name in enumerate(source.sites):
+        train, val, test = (parts[split][i::n_sites] for split in SPLITS)
         hospitals.append(Hospital(name, source.modality, train, val, test))
     return hospitals
 
 
-# ---------------------------------------------------------------------------------------- phantoms
-
-
 def phantom_hospitals(config: Config, seed: int, sources: Sequence[Source]) -> list[Hospital]:
     """Hospitals of phantoms; the source without modality is a scanner that no hospital has."""
-
-    def make(modality: str, split: str, scanner: str = "own") -> list[PreparedCase]:
-        return [
-            phantom_case(config, seed, modality, index, scanner) for index in PHANTOM_SPLITS[split]
-        ]
-
     hospitals = []
     for source in sources:
-        if source.modality:
-            parts = {split: make(source.modality, split) for split in SPLITS}
-        else:
-            tests = [case for m in ("mri", "ct") for case in make(m, "test", "other")]
-            parts = {"train": [], "val": [], "test": tests}
-        hospitals += split_into_sites(source, parts, config.sites)
+        parts: dict[str, list[PreparedCase]] = {split: [] for split in SPLITS}
+        scanner = "own" if source.modality else "other"
+        for split in SPLITS if source.modality else ("test",):
+            for modality in (source.modality,) if source.modality else ("mri", "ct"):
+                for index in PHANTOM_SPLITS[split]:
+                    parts[split].append(phantom_case(config, seed, modality, index, scanner))
+        hospitals += split_into_sites(source, parts)
     return hospitals
 
 
@@ -204,9 +183,6 @@ def phantom_case(
         read_volume=lambda: volume,
         read_target=lambda: (labels, (phantom.SPACING,) * 3),  # it has the model's grid only
     )
-
-
-# ---------------------------------------------------------------------------- what is made of them
 
 
 def validation_cases(
@@ -274,6 +250,5 @@ def warn_of_few(hospitals: Sequence[Hospital], modalities: Iterable[str]) -> lis
             few = f"fewer than three validation cases of {modality.upper()}"
             warnings.append(f"{few}: the choice of a round by them is chance")
     if not any(hospital.test for hospital in hospitals):
-        none = "no hospital here has a test case, so the report has none of theirs"
-        warnings.append(f"{none}; give a folder with --test, or three cases or more")
+        warnings.append("no hospital here has a test case; give --test, or three cases or more")
     return warnings

@@ -16,7 +16,9 @@ Nothing is removed or merged: whatever is missing is still to be done. Files are
 """
 
 import contextlib
+import csv
 import dataclasses
+import io
 import os
 import platform
 import sys
@@ -39,7 +41,7 @@ from study.hospitals import Hospital, record
 MADE_BY = {"made by": "fedgin.py", "format": 4}
 NOT_SHARED = ("arms", "ratios", "gin_probability", "seeds", "out", "cache")
 FOLDERS = ("ct", "mri", "test")  # settings that name folders, which may be moved
-OWNED = ("history.csv", "scores.csv", "results.md", "predictions.json")  # without config.json: not
+OWNED = ("history.csv", "scores.csv", "results.md", "predictions.json", "*/training.json")
 OF_MODELS = ("organs", "spacing", "patch", "width", "depth")  # settings that predictions need
 ROOT = Path(__file__).parent.parent
 MODULES = ("data", "evaluate", "federated", "fedgin", "gin", "unet3d")
@@ -61,10 +63,10 @@ class TrainingFolder:
 
     def begin(self, n_cases: Mapping[str, float], device: torch.device) -> None:
         """Note, once, what is trained, on how many cases of each hospital, and where."""
-        if not (self.path / "training.json").exists():
+        path = self.path / "training.json"
+        if not path.exists():
             metadata = {"training": dataclasses.asdict(self.training), "cases": dict(n_cases)}
-            metadata["environment"] = environment(device)
-            files.write(self.path / "training.json", files.to_json(metadata))
+            files.write(path, files.to_json({**metadata, "environment": environment(device)}))
 
     def metadata(self) -> dict[str, Any]:
         return files.read_json(self.path / "training.json")
@@ -74,33 +76,24 @@ class TrainingFolder:
         path = self.path / ("model.pt" if self.is_trained() else "checkpoint.pt")
         if not path.exists():
             return Checkpoint()
-        found = files.read_pt(path)
         with files.reading(path):
+            found = files.read_pt(path)
             found["history"] = tuple(Round(**row) for row in found["history"])
-            if self.is_trained():  # its weights are the best ones
-                found |= {"best_weights": found["weights"], "weights": None}
             return Checkpoint(**{f.name: found[f.name] for f in dataclasses.fields(Checkpoint)})
 
     def keep_round(self, checkpoint: Checkpoint) -> None:
         """Write the checkpoint, and the history so far."""
-        content = {**vars(checkpoint), "history": [vars(row) for row in checkpoint.history]}
-        files.write(self.path / "checkpoint.pt", files.to_pt(content))
+        files.write(self.path / "checkpoint.pt", files.to_pt(to_plain(checkpoint)))
         self._write_history(checkpoint)
 
     def keep_model(self, checkpoint: Checkpoint) -> None:
         """Write the best weights of a training that is through, and the settings they need."""
         model = {name: getattr(self.config, name) for name in OF_MODELS}
         model["normalization"] = {**NORMALIZATION, "ct": self.config.ct_window}
-        content = {
-            "arm": self.training.label,
-            "seed": self.training.seed,
-            "model": {**model, "phantoms": self.config.on_phantoms},
-            "weights": checkpoint.best_weights,
-            "round": checkpoint.round,
-            "best_round": checkpoint.best_round,
-            "best_dice": checkpoint.best_dice,
-            "history": [vars(row) for row in checkpoint.history],
-        }
+        model["phantoms"] = self.config.on_phantoms
+        content = {"arm": self.training.label, "seed": self.training.seed, "model": model}
+        content |= to_plain(dataclasses.replace(checkpoint, weights=checkpoint.best_weights))
+        (self.path / "testing.json").unlink(missing_ok=True)  # of a model that was removed
         files.write(self.path / "model.pt", files.to_pt(content))
         (self.path / "checkpoint.pt").unlink(missing_ok=True)
 
@@ -109,14 +102,18 @@ class TrainingFolder:
         for done in checkpoint.history:
             row = {**dataclasses.asdict(self.training), "round": done.round}
             row |= {"seconds": round(done.seconds, 2), "loss": tables.mean(done.losses.values())}
-            row |= {f"val_dice_{m}": done.val_dice.get(m, "") for m in ("mri", "ct")}
+            row |= {f"val_dice_{m}": done.val_dice.get(m) for m in ("mri", "ct")}
             rows.append(row | {f"loss {name}": loss for name, loss in done.losses.items()})
         files.write(self.path / "history.csv", files.to_csv(rows))
 
     def history(self) -> list[dict[str, str]]:
         """A row per round, as far as the training has come."""
         path = self.path / "history.csv"
-        return files.read_csv(path) if path.exists() else []
+        if not path.exists():
+            return []
+        with files.reading(path):
+            text = path.read_bytes().decode("utf-8", "surrogateescape")
+            return list(csv.DictReader(io.StringIO(text, newline="")))
 
     def scores(self) -> list[dict[str, Any]]:
         """Of the test cases so far, a row an organ, the organs of a case one after another."""
@@ -129,13 +126,9 @@ class TrainingFolder:
 
     def keep_scores(self, hospital: Hospital, case: PreparedCase, scores: Mapping) -> None:
         """Add the scores of a test case, {organ: what score_case gives}."""
-        of_case = {
-            **dataclasses.asdict(self.training),
-            "hospital": hospital.name,
-            "scanner": "own" if hospital.modality else "other",
-            "case": case.id,
-            "modality": case.modality,
-        }
+        of_case = {**dataclasses.asdict(self.training), "hospital": hospital.name}
+        of_case["scanner"] = "own" if hospital.modality else "other"
+        of_case |= {"case": case.id, "modality": case.modality}
         self._write_scores(self.scores() + tables.score_rows(of_case, scores))
 
     def _write_scores(self, scores: Sequence[Mapping]) -> None:
@@ -145,6 +138,7 @@ class TrainingFolder:
         """End a training whose last test case is scored; all_scores: with those of other sites."""
         self._write_history(checkpoint)
         self._write_scores(self.scores() if all_scores is None else all_scores)
+        (self.path / "checkpoint.pt").unlink(missing_ok=True)  # if a kill has left it
         (self.path / "testing.json").replace(self.path / "scores.json")
         files.sync_folder(self.path)
 
@@ -160,27 +154,32 @@ class RunFolder:
         self.config, self.out = config, Path(config.out)
         self.trainings, self.arms = trainings, arms
         settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_SHARED}
-        for key in FOLDERS:
-            settings[key] = [os.path.basename(os.path.abspath(folder)) for folder in settings[key]]
-        self.settings = {**MADE_BY, **settings}
+        names = {k: [os.path.basename(os.path.abspath(f)) for f in settings[k]] for k in FOLDERS}
+        self.settings = {**MADE_BY, **settings, **names}
         path = self.out / "config.json"
+        # Looked for before config.json, which another process that begins the run writes first.
+        foreign = [found for name in OWNED for found in self.out.glob(name)]
         if path.exists():
             kept = files.read_json(path)
             if any(kept.get(key) != value for key, value in MADE_BY.items()):
                 what = "is not of a run of version 3; finish an older run with its own version"
                 raise DataError(f"{path}: {what}, or choose another --out")
             files.check_same(path, kept, self.settings)
-        for name in OWNED if not path.exists() else ():
-            if (self.out / name).exists():
-                what = "is there, and no config.json of a run beside it; choose another --out"
-                raise DataError(f"{self.out / name}: {what}")
+        elif foreign:
+            what = "is there, and no config.json of a run beside it; choose another --out"
+            raise DataError(f"{foreign[0]}: {what}")
 
     def open(self, by_seed: Mapping[int, Iterable[Hospital]]) -> None:
         """Write the settings and which case is where, or compare them with what is there."""
         with files.lock(self.out / "lock", wait=True):
+            self.begun()  # what does not belong here is told before anything is trained
             files.claim(self.out / "config.json", self.settings)
             for seed, hospitals in by_seed.items():
-                files.claim(self.out / f"cases-seed{seed}.json", record(hospitals))
+                now = record(hospitals)
+                for path in sorted(self.out.glob("cases-*.json")):  # all seeds split the same scans
+                    kept = {k: v.split()[-1] for k, v in files.read_json(path).items() if k in now}
+                    files.check_same(path, kept, {key: now[key].split()[-1] for key in kept})
+                files.claim(self.out / f"cases-seed{seed}.json", now)
 
     def folder(self, training: Training) -> TrainingFolder:
         return TrainingFolder(self.config, training)
@@ -192,27 +191,26 @@ class RunFolder:
     def hold(self, folder: TrainingFolder) -> Iterator[bool]:
         """Hold the folder of a training; yield False if another process holds or has finished it.
 
-        Afterwards the tables are written anew.
+        After a training the tables are written anew.
         """
-        with files.lock(folder.path / "lock") as held:
-            if not held:
+        with files.lock(folder.path / "lock") as free:
+            if not free:
                 tqdm.write(f"{folder.name}: another process is at work on it", file=sys.stderr)
-            yield held and not folder.is_finished()
-        self.report()
+            held = free and not folder.is_finished()
+            yield held
+        if held:
+            self.report()
 
     def begun(self) -> list[TrainingFolder]:
         """All trainings that have begun, by arm, ratio, p and seed."""
-
-        def rank(folder: TrainingFolder) -> tuple:
-            training = folder.training
-            return self.arms.index(training.arm), training.ratio, -(training.p or 0), training.seed
-
-        folders = []
+        ranks: dict[TrainingFolder, tuple] = {}
         for path in self.out.glob("*/training.json"):
-            metadata = files.read_json(path)
             with files.reading(path):
-                folders.append(self.folder(Training(**metadata["training"])))
-        return sorted(folders, key=rank)
+                t = Training(**files.read_json(path)["training"])
+                if t.folder != path.parent.name:
+                    raise ValueError(f"it belongs to a folder {t.folder}")
+                ranks[self.folder(t)] = self.arms.index(t.arm), t.ratio, -(t.p or 0), t.seed
+        return sorted(ranks, key=ranks.__getitem__)
 
     def describe(self) -> str:
         """How many trainings are finished, and how far the others are."""
@@ -231,25 +229,29 @@ class RunFolder:
         with files.lock(self.out / "lock", wait=True):
             begun, organs = self.begun(), self.config.organs
             done = [folder for folder in begun if folder.is_finished()]
-            n_left = len({folder.training for folder in begun} | {*self.trainings}) - len(done)
             scores = [score for folder in done for score in folder.scores()]
-            screen = tables.screen(scores, organs)
-            shown = [part for part in (self._title(done, n_left), screen, *remarks(done)) if part]
-            cases = [f"    {folder.name}: {folder.metadata()['cases']}" for folder in done]
-            text = [*shown, tables.details(scores, organs), "Training cases:", "\n".join(cases)]
             rows = [row for folder in begun for row in folder.history()]
+            shown = [self._title(begun, done), tables.screen(scores, organs), *remarks(done)]
+            cases = [f"    {folder.name}: {folder.metadata()['cases']}" for folder in done]
+            details = [tables.details(scores, organs), "Training cases:", "\n".join(cases)]
+            text = "\n\n".join([*shown, *details])
             files.write(self.out / "scores.csv", files.to_csv(scores, tables.SCORE))
             files.write(self.out / "history.csv", files.to_csv(rows))
-            files.write(self.out / "results.md", files.to_bytes("\n\n".join(text) + "\n"))
+            files.write(self.out / "results.md", f"{text}\n".encode("utf-8", "surrogateescape"))
         return "\n\n".join([*shown, f"All tables: {self.out / 'results.md'}"])
 
-    def _title(self, done: Sequence[TrainingFolder], n_left: int) -> str:
-        seeds = " ".join(dict.fromkeys(str(folder.training.seed) for folder in done))
-        source = "scans"
-        if self.config.on_phantoms:
-            source = "PHANTOMS (synthetic volumes, not patients)"
+    def _title(self, begun: Iterable[TrainingFolder], done: Iterable[TrainingFolder]) -> str:
+        finished = [folder.training for folder in done]
+        n_left = len({*self.trainings, *(folder.training for folder in begun)} - {*finished})
         left = f"; NOT FINISHED: {n_left} of the trainings" if n_left else ""
+        seeds = " ".join(dict.fromkeys(str(training.seed) for training in finished))
+        on_phantoms = self.config.on_phantoms
+        source = "PHANTOMS (synthetic volumes, not patients)" if on_phantoms else "scans"
         return f"## Test Dice, {self.config.scenario} scenario, seeds {seeds}: {source}{left}"
+
+
+def to_plain(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {**vars(checkpoint), "history": [vars(done) for done in checkpoint.history]}
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -268,12 +270,9 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def remarks(done: Iterable[TrainingFolder]) -> list[str]:
     """A note for each thing in which finished trainings began in different environments."""
-    values: dict[str, dict[str, None]] = {}
-    for folder in done:
-        for key, value in folder.metadata()["environment"].items():
-            values.setdefault(key, {})[str(value)] = None
-    return [
-        f"NOTE: trainings differ in {key}: {', '.join(sorted(found))}"
-        for key, found in values.items()
-        if len(found) > 1
-    ]
+    notes, environments = [], [folder.metadata()["environment"] for folder in done]
+    for key in dict.fromkeys(key for each in environments for key in each):
+        values = sorted({str(each[key]) for each in environments if key in each})
+        if len(values) > 1:
+            notes.append(f"NOTE: trainings differ in {key}: {', '.join(values)}")
+    return notes

@@ -118,9 +118,11 @@ def truncate(path):
 
 
 def edit(path, array=None, affine=None):
-    """Write a file again with another array or affine."""
+    """Write a file again with another array, or a function of its array, or another affine."""
     nifti = nibabel.load(path)
-    array = np.asarray(nifti.dataobj) if array is None else array
+    if array is None or callable(array):
+        voxels = np.asarray(nifti.dataobj)
+        array = array(voxels) if array else voxels
     nibabel.save(nibabel.Nifti1Image(array, nifti.affine if affine is None else affine), path)
 
 
@@ -140,26 +142,18 @@ def make_forms_disagree(path):
     nibabel.save(nifti, path)
 
 
-def set_floats(path, first, values):
-    """Overwrite numbers in a file's header, from byte `first` on."""
-    content = bytearray(nibabel.load(path).to_bytes())
-    raw = np.array(values, "<f4").tobytes()
-    content[first : first + len(raw)] = raw
-    path.write_bytes(gzip.compress(bytes(content)))
+def set_header(**fields):
+    """A function that overwrites fields of a file's header: dim, pixdim, srow_x and so on."""
 
+    def spoil(path):
+        content = bytearray(nibabel.load(path).to_bytes())
+        header = nibabel.Nifti1Header(bytes(content[:348]), check=False)
+        for name, value in fields.items():
+            header[name] = value
+        content[:348] = header.binaryblock
+        path.write_bytes(gzip.compress(bytes(content)))
 
-def set_voxel_size(path, y):
-    set_floats(path, 80, [2, y, 2])  # pixdim[1:4]
-
-
-def save_without_affine(path):
-    nifti = nibabel.Nifti1Image(np.zeros((4, 4, 4), np.float32), None)
-    nifti.header["pixdim"][1:4] = [2, 0, 2]
-    nifti.to_filename(path)
-
-
-def set_sform(path, rows):
-    set_floats(path, 280, rows)  # srow_x, srow_y and srow_z
+    return spoil
 
 
 def set_voxel(value):
@@ -177,51 +171,68 @@ def spoil_checksum(path):
     path.write_bytes(content)
 
 
-def save_rgb(path):
-    save(path, np.zeros((32, 32, 32), np.dtype([(c, "u1") for c in "RGB"])))
+def save_ones(shape, dtype=np.float32):
+    return lambda path: save(path, np.ones(shape, dtype))
+
+
+def pixdim(*mm):
+    return set_header(pixdim=[1, *mm, 0, 0, 0, 0])
+
+
+def dim(*n):
+    return set_header(dim=[3, *n, 1, 1, 1, 1])
 
 
 # How a NIfTI file can be spoilt so that none of it can be used, and what is said of it.
 UNREADABLE = {
-    "missing": (lambda p: p.unlink(), "missing"),
-    "truncated": (truncate, "cannot be read"),
-    "corrupt": (lambda p: p.write_bytes(b"\x1f\x8b" + bytes(100)), "cannot be read"),
-    "checksum": (spoil_checksum, "cannot be read (CRC"),
-    "no gzip": (lambda p: p.write_bytes(b"no gzip at all"), "cannot be read"),
-    "no NIfTI": (lambda p: p.write_bytes(gzip.compress(bytes(1000))), "cannot be read"),
-    "empty": (lambda p: p.write_bytes(b""), "cannot be read"),
-    "2-D": (lambda p: save(p, np.ones((4, 5), np.float32)), "(4, 5); expected one 3D volume"),
-    "4-D": (lambda p: save(p, np.ones((4, 5, 6, 2), np.float32)), "expected one 3D volume"),
-    "colours": (save_rgb, "expected one real number a voxel"),
-    "complex": (lambda p: save(p, np.ones((4, 5, 6), np.complex64)), "expected one real number"),
-    "zero voxel size": (lambda p: set_voxel_size(p, 0.0), "is not positive"),
-    "negative voxel size": (lambda p: set_voxel_size(p, -1.0), "is not positive"),
-    "NaN voxel size": (lambda p: set_voxel_size(p, np.nan), "is not positive"),
-    "zero voxel size, no affine": (save_without_affine, "is not positive"),
-    "flat": (lambda p: set_sform(p, [2, 0, 0, 0, 0, 2, 0, 0, 0, 2, 0, 0]), "singular"),
-    "NaN affine": (lambda p: set_sform(p, [np.nan]), "singular or not finite"),
-    "metres": (lambda p: set_sform(p, [9000]), "288000 mm long; expected millimetres"),
+    "missing": (lambda p: p.unlink(), "is missing"),
+    "truncated": (truncate, "Compressed file ended"),
+    "corrupt": (lambda p: p.write_bytes(b"\x1f\x8b" + bytes(100)), "cannot be read ("),
+    "checksum": (spoil_checksum, "CRC check failed"),
+    "no gzip": (lambda p: p.write_bytes(b"no gzip at all"), "truncated, or not a NIfTI file"),
+    "no NIfTI": (lambda p: p.write_bytes(gzip.compress(bytes(1000))), "or not a NIfTI file"),
+    "empty": (lambda p: p.write_bytes(b""), "truncated, or not a NIfTI file"),
+    "2-D": (save_ones((4, 5)), "(4, 5); expected one 3D volume"),
+    "4-D": (save_ones((4, 5, 6, 2)), "(4, 5, 6, 2); expected one 3D volume"),
+    "no voxels": (dim(0, 4, 4), "expected one 3D volume"),
+    "negative shape": (dim(-4, 4, 4), "expected one 3D volume"),
+    "huge": (dim(32767, 32767, 32767), "truncated: 131424 bytes are too few for shape (32767,"),
+    "no offset": (set_header(vox_offset=np.nan), "cannot be read ("),
+    "colours": (save_ones((4, 4, 4), [(c, "u1") for c in "RGB"]), "expected one real number per"),
+    "complex": (save_ones((4, 5, 6), np.complex64), "expected one real number per voxel"),
+    "zero voxel size": (pixdim(2, 0, 2), "voxel size [2.0, 0.0, 2.0] mm is not positive"),
+    "negative voxel size": (pixdim(2, -1, 2), "is not positive"),
+    "NaN voxel size": (pixdim(2, np.nan, 2), "is not positive"),
+    "infinite voxel size": (pixdim(np.inf, 2, 2), "is not positive"),
+    "flat": (set_header(srow_z=[0, 2, 0, 0]), "singular or not finite"),
+    "NaN affine": (set_header(srow_x=np.nan), "singular or not finite"),
+    "no rotation": (
+        set_header(qform_code=1, sform_code=0, quatern_b=2, quatern_c=2, quatern_d=2),
+        "cannot be read (",
+    ),
+    "micrometres": (set_header(srow_x=[9000, 0, 0, 0]), "longest side is 2.88e+05 mm; are its"),
+    "metres": (
+        lambda p: edit(p, affine=np.diag([0.009, 0.009, 0.009, 1])),
+        "its longest side is 0.288 mm; are its voxel sizes in mm?",
+    ),
     "NaN": (set_voxel(np.nan), "has 1 voxels that are NaN or infinite"),
     "infinite": (set_voxel(np.inf), "has 1 voxels that are NaN or infinite"),
 }
-# How a case can be spoilt by files that can be read.
-UNFIT = {
-    "affine": (shift, "lies at another place than its scan ct.nii.gz"),
-    "shape": (lambda p: edit(p, np.asarray(nibabel.load(p).dataobj)[2:]), "(30, 32, 32)"),
+# How a case can be spoilt, and what is said of it; that read_nifti refuses is one way of many.
+OF_ANY_FILE = {
+    "truncated": UNREADABLE["truncated"],
+    "affine": (shift, "lies at another place than its scan ct.nii.gz, by their"),
+    "shape": (lambda p: edit(p, lambda a: a[2:]), "(30, 32, 32)"),
 }
-OF_SCANS = UNFIT | {
-    "no HU": (set_voxel(-9758.0), "no Hounsfield units"),
-    "scale factor": (set_voxel(4e6), "no Hounsfield units"),
-    "constant": (lambda p: edit(p, np.zeros((32, 32, 32), np.float32)), "every voxel is 0"),
+OF_SCANS = OF_ANY_FILE | {
+    "no HU": (lambda p: edit(p, lambda a: a + 1024), "are not Hounsfield units"),
+    "constant": (lambda p: edit(p, np.zeros_like), "every voxel is 0"),
 }
+OF_MASKS = OF_ANY_FILE | {"missing": UNREADABLE["missing"], "NaN": UNREADABLE["NaN"]}
 SPOILT_CASES = [
-    pytest.param(file, *ways[name], id=f"{name} {file}")
-    for file, ways in (
-        ("ct", UNREADABLE | OF_SCANS),
-        ("segmentations/spleen", UNREADABLE | UNFIT),
-    )
-    for name in ways
-    if (file, name) != ("ct", "missing")  # then there is no case
+    pytest.param(file, *way, id=f"{name} {file}")
+    for file, ways in (("ct", OF_SCANS), ("segmentations/spleen", OF_MASKS))
+    for name, way in ways.items()
 ]
 
 
@@ -249,5 +260,5 @@ def pytest_configure(config):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=5, help="sequences in test_killed.py (5)")
+    parser.addoption("--kills", type=int, default=3, help="sequences in test_killed.py (3)")
     parser.addoption("--first-kill", type=int, default=0, help="the seed of the first of them (0)")

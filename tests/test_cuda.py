@@ -3,30 +3,26 @@
 pytest -m cuda
 """
 
-import csv
 import functools
 
 import numpy as np
 import pytest
 import tiny
 import torch
-from torch import nn
-from torch.nn import functional as F
 
 import data
-import unet3d
 from evaluate import sliding_window
 from federated import Client, RunningAverage, federated_rounds, train_locally
-from gin import GIN, gin
+from gin import GIN
 from scans import files
 from study import inference
 from study.inference import choose_device, load_model, mixed_precision, segment
-from unet3d import InstanceNorm, UNet3D, memory_format, segmentation_loss
+from study.results import TrainingFolder
+from unet3d import UNet3D, memory_format, segmentation_loss
 
-AVAILABLE = torch.cuda.is_available()
 pytestmark = [
     pytest.mark.cuda,
-    pytest.mark.skipif(not AVAILABLE, reason="PyTorch sees no GPU"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU"),
 ]
 CPU, CLASSES = torch.device("cpu"), 6
 
@@ -37,13 +33,6 @@ def device(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)  # and back, after choose_device
     return choose_device()
-
-
-@pytest.fixture
-def bfloat16(device):
-    if mixed_precision(device) is None:
-        pytest.skip("this GPU, or its cuDNN, has no bfloat16 that can be used")
-    return functools.partial(torch.autocast, "cuda", dtype=torch.bfloat16)
 
 
 def network(device, width=8, depth=3, dtype=torch.float32):
@@ -66,38 +55,39 @@ def loss_function(device, dtype=torch.float32):
     return functools.partial(segmentation_loss, weight=weight)
 
 
+def mean_loss(steps, device, autocast=None):
+    """Of a new network that is trained for so many steps."""
+    drawn, loss = batches(steps, 32, device), loss_function(device)
+    return train_locally(network(device), drawn, loss, lr=1e-3, autocast=autocast)
+
+
 def distance(found, expected):
     """‖found − expected‖ / ‖expected‖"""
     found, expected = found.detach().cpu().double(), expected.detach().cpu().double()
     return float((found - expected).norm() / expected.norm())
 
 
-# ------------------------------------------------------------------------------ float32, as the CPU
-
-
 @pytest.mark.parametrize("shape", [(3, 1, 40), (2, 3, 19, 24), (3, 1, 18, 17, 20)])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_gin_draws_and_computes_the_same(shape, seed, device):
+@pytest.mark.parametrize("p", [1, 0.5])
+def test_gin_draws_and_computes_the_same(shape, seed, p, device):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(9))
-    expected, found = (
-        gin(x.to(d), generator=torch.Generator().manual_seed(seed)) for d in (CPU, device)
-    )
+    layers = [GIN(p, generator=torch.Generator().manual_seed(seed)) for _ in range(2)]
+    expected, found = layers[0](x), layers[1](x.to(device))
     assert found.device == device
     assert distance(found, expected) < 1e-5
-    layers = [GIN(0.5, generator=torch.Generator().manual_seed(seed)) for _ in range(2)]
-    assert distance(layers[0](x.to(device)), layers[1](x)) < 1e-5
 
 
 @pytest.mark.parametrize("partial", [False, True])
 def test_the_loss_is_the_same(partial, device):
     logits = torch.randn(2, CLASSES, 8, 8, 8, generator=torch.Generator().manual_seed(0))
     [(_, (labels, _))] = batches(1, 8, CPU)
-    labelled = torch.arange(2 * CLASSES).view(2, CLASSES) % 4 != 3 if partial else None
-    values = []
+    labelled = torch.arange(2 * CLASSES).view(2, CLASSES) % 4 != 3
+    losses = []
     for d in (CPU, device):
-        known = None if labelled is None else labelled.to(d)
-        values.append(loss_function(d)(logits.to(d), (labels.to(d), known)).item())
-    assert values[1] == pytest.approx(values[0], rel=1e-5)
+        known = labelled.to(d) if partial else None
+        losses.append(loss_function(d)(logits.to(d), (labels.to(d), known)).item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 def test_the_gradients_of_a_training_step_are_the_same(device):
@@ -112,11 +102,7 @@ def test_the_gradients_of_a_training_step_are_the_same(device):
 
 
 def test_training_goes_the_same_way(device):
-    losses = [
-        train_locally(network(d), batches(10, 32, d), loss_function(d), lr=1e-3)
-        for d in (CPU, device)
-    ]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert mean_loss(10, device) == pytest.approx(mean_loss(10, CPU), rel=1e-3)
 
 
 def test_the_sliding_window_is_the_same(device):
@@ -130,123 +116,59 @@ def test_the_sliding_window_is_the_same(device):
 
 
 def test_the_average_is_the_same_and_stays_there(device):
-    generator = torch.Generator().manual_seed(3)
-    like = network(CPU).state_dict()
-    states = [
-        {key: torch.randn(w.shape, generator=generator) for key, w in like.items()}
-        for _ in range(3)
-    ]
-    sizes = (1, 5, 40)
-    averages = []
-    for d in (CPU, device):
-        average = RunningAverage()
-        for state, n_k in zip(states, sizes, strict=True):
-            average.add({key: w.to(d) for key, w in state.items()}, n_k)
-        averages.append(average.result())
-    expected, found = averages
-    for key, w in expected.items():
-        assert found[key].device == device
-        torch.testing.assert_close(found[key].cpu(), w, rtol=1e-6, atol=1e-7)
+    generator, averages = torch.Generator().manual_seed(3), (RunningAverage(), RunningAverage())
+    for n_k in (1, 5, 40):
+        w_k = {"w": torch.randn(8, 27, generator=generator)}
+        averages[0].add(w_k, n_k)
+        averages[1].add({"w": w_k["w"].to(device)}, n_k)
+    expected, found = (average.result()["w"] for average in averages)
+    assert found.device == device
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-6, atol=1e-7)
 
 
-# ----------------------------------------------------------------------------------------- bfloat16
-
-
-def test_the_network_says_the_same_in_bfloat16(bfloat16, device):
-    model, [(images, _)] = network(device, depth=4).eval(), batches(1, 32, device)
-    with torch.no_grad():
-        expected = model(images)
-        with bfloat16():
-            found = model(images)
-    assert found.dtype == torch.bfloat16
-    assert distance(found, expected) < 0.05
-
-
-def test_training_in_bfloat16_goes_the_same_way(bfloat16, device):
-    losses = [
-        train_locally(
-            network(device), batches(20, 32, device), loss_function(device), lr=1e-3, autocast=dtype
-        )
-        for dtype in (None, torch.bfloat16)
-    ]
-    assert losses[1] == pytest.approx(losses[0], rel=0.02)
-
-
-def peak_memory(work):
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    work()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def test_activations_are_kept_in_bfloat16(bfloat16, device, monkeypatch):
-    """With group_norm, which autocast runs in float32, a step takes far more memory."""
-    dtypes, peaks = [], []
-    for forward in (InstanceNorm.forward, nn.GroupNorm.forward):
-        monkeypatch.setattr(unet3d.InstanceNorm, "forward", forward)
-        model = network(device, width=16)
-        [norm, *_] = [m for m in model.modules() if isinstance(m, InstanceNorm)]
-        norm.register_forward_hook(lambda module, x, y: dtypes.append(y.dtype))
-
-        def step(model=model):
-            for images, targets in batches(1, 64, device):
-                with bfloat16():
-                    logits = model(images)
-                loss_function(device)(logits.float(), targets).backward()
-
-        step()  # the workspaces in which cuDNN tries its algorithms
-        peaks.append(peak_memory(step))
-    assert dtypes == [torch.bfloat16] * 2 + [torch.float32] * 2
-    assert peaks[0] < 0.85 * peaks[1]
-
-
-# --------------------------------------------------------------------------------- runs, and memory
+def test_training_in_bfloat16_goes_the_same_way(device):
+    if mixed_precision(device) is None:
+        pytest.skip("this GPU, or its cuDNN, has no bfloat16 that can be used")
+    found = mean_loss(20, device, torch.bfloat16)
+    assert found == pytest.approx(mean_loss(20, device), rel=0.02)
 
 
 def test_memory_does_not_grow_with_the_hospitals(device):
-    def train(hospitals, steps):
-        loss = loss_function(device)
-        clients = {
-            str(k): Client(k + 1, lambda _: batches(steps, 32, device), loss)
-            for k in range(hospitals)
-        }
+    def peak_memory(hospitals, steps):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        client = Client(1, lambda _: batches(steps, 32, device), loss_function(device))
+        clients = dict.fromkeys(range(hospitals), client)
         for _ in federated_rounds(network(device, width=16), clients, 2, lambda _: 1e-3):
             pass
+        return torch.cuda.max_memory_allocated() - before
 
-    train(2, 2)  # what cuDNN and cuBLAS keep
-    few, many = peak_memory(lambda: train(2, 16)), peak_memory(lambda: train(32, 1))
-    assert many <= 1.01 * few
-
-
-def history(out):
-    with (out / "history.csv").open() as file:
-        return list(csv.DictReader(file))
+    peak_memory(2, 2)  # what cuDNN and cuBLAS keep
+    assert peak_memory(32, 1) <= 1.01 * peak_memory(2, 16)
 
 
 def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
-    args = ["--scenario", "limited", "--seeds", 1]
-    assert tiny.command(*args, "--out", tmp_path / "calm") == 0
-    write, calls = files.write_pt, []
+    args = ["--scenario", "limited", "--seeds", 1, "--out"]
+    keep_round, kept = TrainingFolder.keep_round, []
 
-    def stops(path, content):
-        write(path, content)
-        calls.append(path)
-        if len(calls) == 3:
+    def stop(folder, checkpoint):
+        keep_round(folder, checkpoint)
+        kept.append(checkpoint.round)
+        if len(kept) == 3:
             raise KeyboardInterrupt
 
+    assert tiny.command(*args, tmp_path / "calm") == 0
     with monkeypatch.context() as patch:
-        patch.setattr(files, "write_pt", stops)
-        assert tiny.command(*args, "--out", tmp_path / "out") == 130
-    assert calls == [tmp_path / "out/fl-1-5-seed1/checkpoint.pt"] * 3
-    assert tiny.command(*args, "--out", tmp_path / "out") == 0
-    calm, resumed = history(tmp_path / "calm"), history(tmp_path / "out")
-    names = ("seed", "arm", "round")
-    assert [[row[n] for n in names] for row in resumed] == [[r[n] for n in names] for r in calm]
+        patch.setattr(TrainingFolder, "keep_round", stop)
+        assert tiny.command(*args, tmp_path / "out") == 130
+    assert kept == [1, 2, 3]
+    assert tiny.command(*args, tmp_path / "out") == 0
+    calm, resumed = (files.read_csv(tmp_path / name / "history.csv") for name in ("calm", "out"))
     for a, b in zip(calm, resumed, strict=True):  # cuDNN may add up in another order
+        assert [b[name] for name in ("seed", "arm", "round")] == [a["seed"], a["arm"], a["round"]]
         assert float(b["loss"]) == pytest.approx(float(a["loss"]), rel=0.02)
-    written = tmp_path / "out/fedgin-1-5-p1-seed1/model.pt"  # by a GPU, and read by a CPU
-    model, _ = load_model(written, CPU)
+    model, _ = load_model(tmp_path / "out/fedgin-1-5-p1-seed1/model.pt", CPU)  # by a GPU
     assert next(model.parameters()).device == CPU
 
 
@@ -256,36 +178,26 @@ def test_batches_are_pinned():
     assert all(part.is_pinned() for part in found)
 
 
-class OutOfMemory(nn.Module):
-    """A network that finds the GPU full in the middle of the first volume."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model, self.calls = model, 0
-
-    def forward(self, x):
-        self.calls += 1
-        if self.calls == 4:
-            torch.empty(2**60, dtype=torch.uint8, device=x.device)  # raises OutOfMemoryError
-        return self.model(x)
-
-
 def test_a_volume_that_does_not_fit_is_put_together_on_the_cpu(device):
-    image = np.random.default_rng(0).normal(size=(40, 33, 50)).astype(np.float32)
+    """The GPU is found full at the fourth batch of the first attempt."""
+    image, calls = np.random.default_rng(0).normal(size=(40, 33, 50)).astype(np.float32), []
     size, model = (80, 66, 61), network(device).eval()
     on_gpu = segment(model, image, 16, size)
-    failing = OutOfMemory(model)
-    recovered = segment(failing, image, 16, size)
-    calls = failing.calls
-    on_cpu = inference._segment(failing, image, 16, size, CPU)
-    assert calls == failing.calls - calls + 4  # the whole volume once more
+
+    def fill(module, inputs):
+        calls.append(inputs[0].shape)
+        if len(calls) == 4:
+            torch.empty(2**60, dtype=torch.uint8, device=device)  # raises OutOfMemoryError
+
+    model.register_forward_pre_hook(fill)
+    recovered, n_calls = segment(model, image, 16, size), len(calls)
+    on_cpu = inference._segment(model, image, 16, size, CPU)
+    assert n_calls == 4 + len(calls) - n_calls  # the whole volume once more
     assert (recovered == on_cpu).mean() > 0.9999  # cuDNN may add up in another order
-    assert (on_gpu == on_cpu).mean() > 0.999  # but for ties
+    assert (on_gpu == on_cpu).mean() > 0.999  # except for ties
 
 
 def test_the_current_device_is_the_chosen_one():
     device = choose_device(torch.cuda.device_count())
     assert device == torch.device("cuda", 0)
     assert torch.cuda.current_device() == 0
-    x = torch.randn(2, 3, 8, 8, 8, device="cuda")
-    assert F.conv3d(x, torch.ones(1, 3, 3, 3, 3, device="cuda")).device == device

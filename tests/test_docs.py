@@ -2,33 +2,30 @@
 
 import ast
 import contextlib
-import dataclasses
 import io
 import re
-import subprocess
-import sys
+import shutil
 import textwrap
-from collections import Counter
 from pathlib import Path
 
 import monai.transforms
 import numpy as np
 import pytest
 import torch
-from conftest import awkward_affine, save
+from conftest import write_totalsegmentator
 from matplotlib import pyplot as plt
 from torch.utils.data import DataLoader, TensorDataset
 
 import figures
 import gin
 import method_figures
-from data import Volume, normalize
+from data import normalize
 from fedgin import ARMS
-from scans import nifti
 from scans.cases import PreparedCase
-from scans.phantom import ORGANS, make_phantom
-from study.config import VERSION, Best, Checkpoint, Config, Round, Training
-from study.hospitals import Hospital
+from scans.phantom import make_phantom
+from study import tables
+from study.config import VERSION, Checkpoint, Config, Training
+from study.hospitals import PHANTOM_SPLITS, Hospital
 from study.results import RunFolder
 from unet3d import UNet3D
 
@@ -39,8 +36,6 @@ METHOD = (ROOT / "docs/method.md").read_text(encoding="utf-8")
 QUOTE = re.compile(
     r"From\s`([\w.]+)`\sin\s\[(\w+\.py)\]\(\.\./\2\):\n\n```python\n(.*?)```", re.DOTALL
 )
-
-# ------------------------------------------------------------------------------------------- pages
 
 
 def source_of(file, function):
@@ -69,21 +64,10 @@ def test_every_example_of_the_method_prints_what_it_says():
 
 
 def anchors(page):
-    """The anchors of a page's headings, as GitHub makes them."""
+    """The anchors of a page's headings, as GitHub makes them of headings that differ."""
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-    found, slugs = [], Counter()
-    for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE):
-        slug = re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
-        found.append(f"{slug}-{slugs[slug]}" if slugs[slug] else slug)
-        slugs[slug] += 1
-    return found
-
-
-def test_anchors_follow_githubs_rule(tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text("# GIN's probability\n## The files, in `reading` order\n# A-b_c\n# A\n# A\n")
-    expected = ["gins-probability", "the-files-in-reading-order", "a-b_c", "a", "a-1"]
-    assert anchors(page) == expected
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", each.strip().lower()).replace(" ", "-") for each in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -100,282 +84,166 @@ def test_relative_links_lead_somewhere(page):
 
 def test_one_version_is_named_everywhere():
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
-    [version], [date] = (
-        re.findall(r"^version: (.+)$", citation, re.M),
-        re.findall(r"^date-released: (.+)$", citation, re.M),
-    )
+    [(version, date)] = re.findall(r"^version: (.+)\ndate-released: (.+)$", citation, re.M)
     latest, *_ = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.M)
     assert version == VERSION
     assert latest == f"{version} ({date})"
 
 
-def test_readme_has_the_two_commands_that_are_run_before_a_merge():
-    experiment, tests = re.findall(r"^python3 -m venv.*$", README, re.MULTILINE)
-    assert experiment.endswith("python fedgin.py --scenario limited")
-    assert tests.endswith("pytest")
-
-
-# ------------------------------------------------------------------------------- README's snippets
-
-
-def test_readmes_snippet_trains_an_arm_and_writes_nothing(tmp_path):
-    snippet, *_ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    code = [line for line in snippet.splitlines() if line and not line.startswith("from ")]
-    assert len(code) <= 8
-    quick = snippet.replace("local_steps=2", "local_steps=1, width=2, depth=2")
-    assert quick != snippet
-    check = "print(len(checkpoint.history), checkpoint.best.weights is None, sorted(clients))"
-    environment = {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "PATH": ""}
-    args = [sys.executable, "-c", f"{quick}\n{check}"]
-    done = subprocess.run(args, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    *shown, last = done.stdout.splitlines()
-    rounds = [re.fullmatch(r"(\d) {'mri': [\d.e-]+, 'ct': ([\d.e-]+)}", line) for line in shown]
-    assert [found[1] for found in rounds] == ["1", "2"]
-    assert all(float(found[2]) > 0 for found in rounds)
-    assert last == "2 False ['ct', 'mri']"
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_readmes_snippets_for_monai_and_a_data_loader():
-    _, for_monai, for_loader = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    for snippet in (for_monai, for_loader):
+def test_readmes_snippets_for_a_data_loader_and_monai():
+    for_loader, for_monai = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    for snippet in (for_loader, for_monai):
         assert len([line for line in snippet.splitlines() if line]) <= 3
-    names: dict = {"load": monai.transforms.Identityd("image")}
-    exec(for_monai, names)
-    image = torch.randn(1, 8, 8, 8)
-    redrawn = names["transform"]({"image": image, "label": image > 0})
-    assert redrawn["image"].shape == image.shape
-    assert not torch.allclose(redrawn["image"], image)
-    assert torch.equal(redrawn["label"], image > 0)
-    torch.testing.assert_close(redrawn["image"].norm(), image.norm(), rtol=1e-3, atol=0)
-    seen = []
     loader = DataLoader(TensorDataset(torch.randn(4, 1, 8, 8, 8), torch.zeros(4)), batch_size=2)
+    seen = []
     exec(for_loader, {"loader": loader, "step": lambda images, labels: seen.append(images)})
-    assert [tuple(images.shape) for images in seen] == [(2, 1, 8, 8, 8)] * 2
-    assert not any(torch.allclose(a, b[0]) for a, b in zip(seen, loader, strict=True))
+    for images, (before, _) in zip(seen, loader, strict=True):
+        assert images.shape == before.shape
+        assert not torch.allclose(images, before)
+    names = {"load": monai.transforms.Identityd("image")}
+    exec(for_monai, names)
+    case = {"image": torch.randn(1, 8, 8, 8), "label": torch.ones(1, 8, 8, 8)}
+    redrawn = names["transform"](case)
+    assert not torch.allclose(redrawn["image"], case["image"])
+    assert redrawn["label"] is case["label"]
 
 
-# ------------------------------------------------------------------------------------------ slices
-
-
-def place(mask):
-    """Show a slice of 0 and 1; how far right and down of the middle its ones are, in pixels."""
-    figure, axis = plt.subplots(facecolor="black")
-    method_figures.show(axis, np.asarray(mask, dtype=float), (0, 1))
-    figure.canvas.draw()
-    sides = {text.get_text(): text.get_window_extent() for text in axis.texts}
-    frame = axis.get_window_extent()
-    assert frame.x0 < sides["R"].x0 < frame.x0 + 40 < frame.x1 - 40 < sides["L"].x1 < frame.x1
-    for text in axis.texts:
-        text.remove()
-    figure.canvas.draw()
-    rows, columns = np.nonzero(np.asarray(figure.canvas.buffer_rgba())[:, :, 0] > 127)
-    middle = (frame.x0 + frame.x1) / 2, figure.bbox.height - (frame.y0 + frame.y1) / 2
-    plt.close(figure)
-    return columns.mean() - middle[0], rows.mean() - middle[1]
-
-
-@pytest.mark.parametrize("modality", ["ct", "mri"])
-def test_a_phantoms_liver_is_on_the_pictures_left(modality):
-    for index in range(3):
-        _, labels = make_phantom(42, modality, index)
-        at = {}
-        for n, organ in enumerate(ORGANS, start=1):
-            at[organ] = place(labels[:, :, (labels == n).sum((0, 1)).argmax()] == n)
-        assert at["liver"][0] < -10
-        assert at["spleen"][0] > 10
-        assert at["gallbladder"][1] < at["kidneys"][1]  # kidneys lie at the back
-
-
-@pytest.mark.parametrize(
-    ("flips", "order"), [((1, 1, 1), [0, 1, 2]), ((-1, -1, 1), [0, 1, 2]), ((-1, 1, -1), [2, 0, 1])]
-)
-def test_a_scans_right_is_on_the_pictures_left_however_it_is_stored(flips, order, tmp_path):
-    """Marked by world coordinates, which run to the patient's right, front and head."""
-    affine, shape = awkward_affine((2, 2, 2), flips, order), (40, 40, 40)
-    world = np.moveaxis(np.indices(shape), 0, -1) @ affine[:3, :3].T
-    right, front, _ = np.moveaxis(world - world.mean((0, 1, 2)), -1, 0)
-    for name, mask in (("right", right > 10), ("front", front > 10)):
-        save(tmp_path / f"{name}.nii.gz", mask.astype(np.float32), affine)
-    to_right, to_front = (nifti.read_nifti(tmp_path / f"{n}.nii.gz") for n in ("right", "front"))
-    assert place(to_right.voxels[:, :, 20])[0] < -10
-    assert place(to_front.voxels[:, :, 20])[1] < -10
+def test_a_slice_is_seen_from_the_feet():
+    """Its indices run to the patient's right and front: right is on the left, the front is up."""
+    axis, image = plt.figure().subplots(), np.arange(12.0).reshape(3, 4)
+    method_figures.show(axis, image, (0, 1))
+    method_figures.mark_sides(axis)
+    rows = axis.images[0].get_array()
+    assert (rows[0, 0], rows[0, -1], rows[-1, 0]) == (image[-1, -1], image[0, -1], image[-1, 0])
+    (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
+    assert left < right and top < bottom  # columns run right, and rows down
+    places = {"R": (0.05, 0.5), "L": (0.95, 0.5)}
+    assert {text.get_text(): text.get_position() for text in axis.texts} == places
+    assert all(text.get_transform() == axis.transAxes for text in axis.texts)
 
 
 def test_blend_is_gin_for_the_alpha_that_gin_draws():
     x = torch.from_numpy(normalize(make_phantom(1, "ct", 0)[0], "ct"))[None, None]
-    draws = torch.Generator().manual_seed(5)
-    alpha = float(gin._draw_all(x, [1, 2, 2, 2, 1], (1, 3), draws)[-1])
+    alpha = float(method_figures.draw_network(x, 5)[-1])
     expected = gin.gin(x, generator=torch.Generator().manual_seed(5))
     torch.testing.assert_close(method_figures.blend(x, alpha, (1, 3), 5), expected)
 
 
-def test_pictures_of_the_method(tmp_path):
-    figures.draw([], tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "gin.png", "gin-steps.png", "round.png", "arms.png"
-    }  # fmt: skip
-    for path in tmp_path.iterdir():
-        assert plt.imread(path).shape[1] == 1350
-        assert (ROOT / "docs" / path.name).is_file()
+def test_pictures_of_the_method_and_of_scans(ct_folder, tmp_path):
+    mri_folder = write_totalsegmentator(tmp_path / "mri", "mri", 1)
+    scans = [str(folder / "s0000") for folder in (ct_folder, mri_folder)]
+    for args in ([], ["--scans", *scans]):
+        assert figures.main([*args, "--out", str(tmp_path / "out")]) == 0
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"gin.png", "gin-steps.png", "round.svg", "arms.svg"}
+    assert [name for name in names if not (ROOT / "docs" / name).is_file()] == []
 
 
 # ------------------------------------------------------------------------------- pictures of a run
 
-CONFIG = Config(width=2, depth=2, rounds=2, mri_cases=2)
-TRAININGS = [
-    Training(seed, *about)
-    for seed in (1, 3)
-    for about in (
-        ("mri-only",), ("fl", "1:1"), ("fl", "1:5"), ("fedgin", "1:1", 1.0),
-        ("fedgin", "1:1", 0.5), ("fedgin", "1:5", 1.0), ("fedgin", "1:5", 0.5), ("ct-only", "1:1"),
-    )
-]  # fmt: skip
-LABELS = [training.label for training in TRAININGS[:8]]
+SEEN, UNSEEN = tables.SCANNERS
+LABELS = (
+    ("mri-only",), ("fl", "1:1"), ("fl", "1:5"), ("fedgin", "1:1", 1.0), ("fedgin", "1:1", 0.25),
+    ("fedgin", "1:5", 1.0), ("fedgin", "1:5", 0.25),
+)  # fmt: skip
+DICE = {Training(s, *label): n / 10 + s / 100 for s in (1, 3) for n, label in enumerate(LABELS, 1)}
 
 
-def dice_of(training, modality):
-    """Some number between 0 and 1 that no two trainings share."""
-    of_label = (LABELS.index(training.label) + 1) / 10 if training.label in LABELS else 0.9
-    return of_label + training.seed / 100 + (0.005 if modality == "ct" else 0)
-
-
-def leave(config, training, more=0.0):
-    """Write what a training leaves that ends with these Dices, and `more`."""
-    folder = RunFolder(config, list(ARMS)).folder(training)
-    modalities = ARMS[training.arm].modalities
-    folder.begin(dict.fromkeys(modalities, 2), torch.device("cpu"))
-    rounds = [
-        Round(n, {"mri": 2.5}, {m: dice_of(training, m) / n for m in modalities}, seconds=1.5)
-        for n in (1, 2)
-    ]
+def keep(folder, config, dice):
+    """Let a training end with this Dice on MRI of the seen scanner, and others elsewhere."""
+    folder.begin({"mri": 2}, torch.device("cpu"))
     weights = UNet3D(1, 6, config.width, config.depth).state_dict()
-    checkpoint = Checkpoint(2, weights, Best(0.5, 1, weights), tuple(rounds))
-    folder.keep_round(checkpoint)
-    folder.keep_model(checkpoint)
-    for scanner, factor in (("own", 1.0), ("other", 0.5)):
-        for modality in ("mri", "ct"):
-            dice = (dice_of(training, modality) + more) * factor
-            score = {"outcome": "scored", "dice": dice, "hd95": 1.0, "nsd": 1.0}
-            hospital = Hospital(scanner, modality if scanner == "own" else "", (), (), ())
-            volume = Volume("phantom16", modality, *[np.zeros(0)] * 4)
-            case = PreparedCase(volume, None, [])
-            folder.keep_scores(hospital, case, dict.fromkeys(config.organs, score))
-    folder.finish(checkpoint)
+    folder.keep_model(Checkpoint(1, weights, 1, 0.5, weights))
+    for name, share in (("mri", 1.0), ("", 0.5)):  # an unseen scanner is no hospital's
+        for modality, value in (("mri", dice), ("ct", dice + 0.005)):
+            score = {"outcome": "scored", "dice": value * share, "hd95": 1.0, "nsd": 1.0}
+            case = PreparedCase("16", modality, None, None, None, None)
+            scores = dict.fromkeys(config.organs, score)
+            folder.keep_scores(Hospital(name or "other", name, (), (), ()), case, scores)
+    folder.finish(Checkpoint())
+
+
+@pytest.fixture(scope="module")
+def left(tmp_path_factory):
+    """What a run with two seeds, two ratios and two shares of GIN leaves."""
+    out = tmp_path_factory.mktemp("docs") / "run"
+    config = Config(width=2, depth=2, rounds=1, mri_cases=2, out=str(out))
+    run_folder = RunFolder(config, list(DICE), list(ARMS))
+    run_folder.open({})
+    for training, dice in DICE.items():
+        keep(run_folder.folder(training), config, dice)
+    run_folder.report()
+    return out
 
 
 @pytest.fixture
-def run(tmp_path):
-    """What a run with two seeds, two ratios and two shares of GIN leaves."""
-    config = dataclasses.replace(CONFIG, out=str(tmp_path / "run"))
-    RunFolder(config, list(ARMS)).open([])
-    for training in TRAININGS:
-        leave(config, training)
-    return tmp_path / "run"
-
-
-def test_validation_shows_means_over_seeds_by_ratio(run):
-    figure = figures.validation(figures.read_run(run))
-    panels = {axis.get_title(): axis for axis in figure.axes}
-    shown = {title: {line.get_label(): line for line in a.lines} for title, a in panels.items()}
-    assert list(shown) == [f"{m}, at MRI : CT {r}" for r in ("1:1", "1:5") for m in ("MRI", "CT")]
-    assert list(shown["CT, at MRI : CT 1:1"]) == ["ct-only", "fl", "fedgin p=1", "fedgin p=0.5"]
-    assert list(shown["CT, at MRI : CT 1:5"]) == ["fl", "fedgin p=1", "fedgin p=0.5"]
-    assert list(shown["MRI, at MRI : CT 1:5"]) == ["mri-only", "fl", "fedgin p=1", "fedgin p=0.5"]
-    lines = shown["MRI, at MRI : CT 1:5"]
-    assert list(lines["fl"].get_xdata()) == [1, 2]
-    assert list(lines["fl"].get_ydata()) == pytest.approx([0.32, 0.16])  # 0.31 and 0.33; halves
-    a, b = lines["fedgin p=1"], lines["fedgin p=0.5"]
-    assert a.get_color() == b.get_color() != lines["fl"].get_color()
-    assert a.get_linestyle() != b.get_linestyle()
-    plt.close(figure)
+def run(left, monkeypatch):
+    monkeypatch.setattr(figures, "REAL_SCANS", left / "scores.csv")
+    yield left
+    plt.close("all")
 
 
 def test_ratios_shows_means_and_deviations(run):
     figure = figures.ratios(figures.read_run(run))
-    bars = {c.get_label(): c for c in figure.axes[0].containers}
-    assert list(bars) == ["mri-only", "ct-only", "fl", "fedgin p=1", "fedgin p=0.5"]
-    line, _, [spread] = bars["fl"]
-    assert list(line.get_ydata()) == pytest.approx([0.22, 0.32])
-    assert np.allclose(line.get_xdata(), [0, 1], atol=0.1)
-    [low, high] = spread.get_segments()[0][:, 1]
-    assert high - low == pytest.approx(2 * 0.02 / 2**0.5)  # 0.21 and 0.23
-    assert np.allclose(bars["ct-only"][0].get_xdata(), [0], atol=0.1)
-    assert list(bars["mri-only"][0].get_ydata()) == pytest.approx([0.12, 0.12])  # has no ratio
-    plt.close(figure)
+    panels = {axis.get_title(): axis for axis in figure.axes}
+    assert list(panels) == [f"{m}, {s} scanner" for s in (SEEN, UNSEEN) for m in ("MRI", "CT")]
+    for scanner, share in ((SEEN, 1.0), (UNSEEN, 0.5)):
+        axis = panels[f"MRI, {scanner} scanner"]
+        labels = [text.get_text() for text in axis.texts]
+        assert labels == ["mri-only", "fl", "fedgin p=1", "fedgin p=0.25"]
+        lines = dict(zip(labels, axis.containers, strict=True))
+        line, _, [spread] = lines["fl"]
+        assert list(line.get_ydata()) == pytest.approx([0.22 * share, 0.32 * share])
+        assert np.allclose(line.get_xdata(), [0, 1], atol=0.15)
+        [low, high] = spread.get_segments()[0][:, 1]
+        assert high - low == pytest.approx(2 * 0.02 * share / 2**0.5)  # of 0.21 and 0.23
+        assert list(lines["mri-only"][0].get_ydata()) == pytest.approx([0.12 * share] * 2)
 
 
-def test_predictions_shows_a_case_in_its_window_and_each_model_of_the_last_ratio(run):
-    figure = figures.predictions(figures.read_run(run))
-    titles = [axis.get_title() for axis in figure.axes]
-    columns = ["target", "mri-only", "fl\n1:5", "fedgin\n1:5 p=1", "fedgin\n1:5 p=0.5"]
-    mri, ct = "MRI phantom16\npercentiles 0.5…99.5", "CT phantom16\n−160…240 HU"
-    assert titles == [mri, *columns, ct, *columns]
-    for row, modality in enumerate(("mri", "ct")):
-        image, labels = make_phantom(1, modality, 16)
-        low, high = (-160, 240) if modality == "ct" else np.percentile(image, (0.5, 99.5))
-        expected = (image.clip(low, high) - low) / (high - low)  # black is 0 and white is 1
-        scan, target = figure.axes[6 * row : 6 * row + 2]
-        black, white = scan.images[0].get_clim()
-        shown = (np.asarray(scan.images[0].get_array()) - black) / (white - black)
-        slices = [np.rot90(expected[:, :, z].T, 2) for z in range(32)]
-        [z] = [z for z in range(32) if np.allclose(shown, slices[z], atol=1e-5)]
-        assert np.array_equal(target.images[1].get_array(), np.rot90(labels[:, :, z].T, 2))
-    plt.close(figure)
+def test_probability_shows_dice_against_p_on_phantoms_and_on_scans(run):
+    figure = figures.probability(figures.read_run(run))
+    assert [axis.get_title() for axis in figure.axes] == ["phantoms", "real scans"]
+    for axis in figure.axes:
+        shown = {line.get_label(): line[0] for line in axis.containers}
+        for name, more in (("MRI", 0.0), ("CT", 0.005)):
+            assert list(shown[name].get_xdata()) == [0, 0.25, 1]
+            dices = [0.32 + more, 0.72 + more, 0.62 + more]
+            assert list(shown[name].get_ydata()) == pytest.approx(dices)
 
 
-def test_draws_what_a_run_has_so_far_and_says_when_there_is_nothing(run, capsys):
-    def drawn(*args):
-        code = figures.main(list(map(str, args)))
-        return code, {path.stem for path in run.rglob("*.png")}
+def test_predictions_shows_a_case_and_three_models_of_the_first_seed(run):
+    axes = figures.predictions(figures.read_run(run)).axes
+    titles = [axis.get_title().split("\n")[0] for axis in axes]
+    columns = ["reference", "mri-only", "fl 1:5", "fedgin 1:5 p=0.25"]
+    assert titles == ["MRI", *columns, "CT", *columns]
+    for modality, (scan, reference) in (("mri", axes[:2]), ("ct", axes[5:7])):
+        [(image, z)] = [
+            (normalize(image, modality), z)
+            for image, labels in (make_phantom(1, modality, n) for n in PHANTOM_SPLITS["test"])
+            for z in range(32)
+            if np.array_equal(reference.images[1].get_array(), np.rot90(labels[:, :, z].T, 2))
+        ]
+        assert np.array_equal(scan.images[0].get_array(), np.rot90(image[:, :, z].T, 2))
+        assert scan.images[0].get_clim() == pytest.approx(tuple(np.percentile(image, (0.5, 99.5))))
 
-    for training in TRAININGS:  # as if none were finished, and those of seed 3 in their training
-        folder = run / training.folder
-        (folder / "scores.csv").rename(folder / "testing.csv")
-        if training.seed == 3:
-            (folder / "model.pt").unlink()
-    assert drawn(run, "--out", run / "new") == (0, {"validation", "predictions"})
-    for path in (*run.rglob("*.png"), *run.glob("*/model.pt")):
+
+def test_draws_what_a_run_has_so_far_and_says_when_there_is_nothing(run, tmp_path, capsys):
+    out = shutil.copytree(run, tmp_path / "run")
+
+    def drawn(path):
+        code = figures.main([str(path), "--out", str(tmp_path / "drawn")])
+        names = {each.name for each in tmp_path.glob("drawn/*")}
+        shutil.rmtree(tmp_path / "drawn", ignore_errors=True)
+        return code, names, capsys.readouterr().err
+
+    assert drawn(out) == (0, {"ratios.svg", "probability.svg", "predictions.png"}, "")
+    for path in out.glob("*/scores.json"):
+        path.rename(path.with_name("testing.json"))
+    assert drawn(out) == (0, {"predictions.png"}, "")
+    for path in out.glob("*/model.pt"):
         path.unlink()
-    assert drawn(run) == (0, {"validation"})
-    (run / "validation.png").unlink()
-    for path in run.glob("*/history.csv"):
-        path.unlink()
-    capsys.readouterr()
-    assert drawn(run) == (2, set())
-    message = f"{run}: nothing to draw yet, as no round of the run is finished"
-    assert capsys.readouterr().err == f"figures.py: {message}\n"
-    assert drawn(run / "new") == (2, set())
-    assert "no run is there" in capsys.readouterr().err
-    (run / "config.json").write_text('{"seeds": [42], "python": "3.11.7"}')  # by version 1
-    assert drawn(run) == (2, set())
-    assert "the version that made it must draw it" in capsys.readouterr().err
-
-
-def test_budget_shows_dice_against_steps_on_each_scanner(run, tmp_path):
-    """Two runs, of which the longer one has Dice 0.1 higher; elsewhere both have half of it."""
-    folders = []
-    for rounds, more, seed in ((20, 0.0, 8), (60, 0.1, 9)):
-        out = tmp_path / str(rounds)
-        config = dataclasses.replace(CONFIG, out=str(out), rounds=rounds, local_steps=5)
-        RunFolder(config, list(ARMS)).open([])
-        for training in TRAININGS:
-            leave(config, training, more)
-        # What the other run has not: a seed, and in one of them an arm.
-        leave(config, dataclasses.replace(TRAININGS[0], seed=seed), more)
-        folders.append(out)
-    leave(config, Training(1, "centralized", "1:1"))
-    figure = figures.budget(*map(figures.read_run, folders[::-1]))
-    titles = [axis.get_title() for axis in figure.axes]
-    assert titles == [f"{m}, {s} scanner" for s in ("own", "other") for m in ("MRI", "CT")]
-    own, other = ({x.get_label(): x for x in figure.axes[i].lines} for i in (0, 2))
-    assert "centralized" not in own
-    assert "centralized" not in [text.get_text() for text in figure.legends[0].get_texts()]
-    line = own["mri-only"]
-    assert list(line.get_xdata()) == [100, 300]
-    assert list(line.get_ydata()) == pytest.approx([0.12, 0.22])  # seeds 1 and 3
-    assert list(other["mri-only"].get_ydata()) == pytest.approx([0.06, 0.11])
-    plt.close(figure)
-    code = figures.main([*map(str, folders), "--out", str(tmp_path / "out")])
-    assert (code, [path.name for path in (tmp_path / "out").iterdir()]) == (0, ["budget.png"])
+    message = f"{out}: nothing to draw yet, because no training has come far enough"
+    assert drawn(out) == (2, set(), f"figures.py: {message}\n")
+    assert "holds no run" in drawn(out / "new")[2]
+    (out / "config.json").write_text('{"seeds": [42], "python": "3.11.7"}')  # by version 1
+    assert "config.json: cannot be read" in drawn(out)[2]

@@ -6,7 +6,6 @@ zeros stand in for it.
 """
 
 import collections
-import functools
 import os
 
 import conftest
@@ -23,10 +22,10 @@ from federated import train_locally
 from study import inference
 from study.config import Config, Training
 from study.hospitals import load_hospitals
-from unet3d import segmentation_loss
 
 GPU = torch.device("cuda", 0)
 STEPS = 3
+CONFIG = Config("complete", rounds=1, local_steps=STEPS, width=2, depth=2)
 
 
 class Watch(TorchDispatchMode):
@@ -107,30 +106,20 @@ def watch(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "numpy", numpy)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     monkeypatch.setattr(torch.Tensor, "backward", backward)
-    monkeypatch.setattr(inference, "bfloat16_problem", lambda device: "")
+    monkeypatch.setattr(inference, "bfloat16_problem", lambda: "")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
-    monkeypatch.setattr(
-        "torch.cuda.amp.common.amp_definitely_not_available", lambda: False, raising=False
-    )
+    not_available = "torch.cuda.amp.common.amp_definitely_not_available"
+    monkeypatch.setattr(not_available, lambda: False, raising=False)
     inference.mixed_precision.cache_clear()
-    with (
-        FakeTensorMode(allow_non_fake_inputs=True),
-        torch.no_grad(),
-        Watch() as watch,
-        Calls(watch),
-    ):
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake, torch.no_grad(), Watch() as watch, Calls(watch):
         yield watch
     inference.mixed_precision.cache_clear()
 
 
 @pytest.fixture(scope="module")
-def config():
-    return Config("complete", rounds=1, local_steps=STEPS, width=2, depth=2)
-
-
-@pytest.fixture(scope="module")
-def everyone(config):
-    return load_hospitals(config)[0][42]
+def everyone():
+    return load_hospitals(CONFIG)[0][42]
 
 
 @pytest.mark.parametrize(
@@ -143,77 +132,67 @@ def test_only_the_tests_for_a_gpu_see_one(marks, seen, pytestconfig, monkeypatch
     assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
 
 
-def train(config, everyone, model, **replaced):
+@pytest.fixture
+def model(watch):
+    return fedgin.make_model(CONFIG, 42, GPU)
+
+
+def train(everyone, model):
     """The steps of a hospital in a round, some of whose cases lack an organ's labels."""
     for hospital in everyone:
         for case in hospital.train[::2]:
-            case.volume.labelled[2] = False
-    clients = fedgin.make_clients(config, Training(42, "fedgin", p=0.5), everyone, GPU)
-    client = clients["mri"]._replace(**replaced)
-    dtype = inference.mixed_precision(GPU)
+            case.read_volume().labelled[2] = False
+    clients = fedgin.make_clients(CONFIG, Training(42, "fedgin", p=0.5), everyone, GPU)
+    client, dtype = clients["mri"], inference.mixed_precision(GPU)
     return train_locally(model, client.batches(1), client.loss_function, lr=1e-3, autocast=dtype)
 
 
-def test_a_training_step_waits_for_nothing(watch, config, everyone):
-    model, dtypes = fedgin.make_model(config, 42, GPU), []
-    model.head.register_forward_hook(lambda module, inputs, found: dtypes.append(found.dtype))
+@pytest.mark.parametrize(
+    ("hook", "waits"),
+    [
+        (lambda found: found, 1),  # for the mean loss, at the end
+        (lambda found: found * found.mean().item(), 1 + STEPS),  # this would be noticed
+    ],
+)
+def test_a_training_step_waits_for_nothing(hook, waits, watch, model, everyone):
+    dtypes = []
+    model.head.register_forward_hook(lambda module, x, y: dtypes.append(y.dtype) or hook(y))
     watch.waits.clear()
-    train(config, everyone, model)
-    assert +watch.waits == {"number": 1}  # the mean loss, at the end
+    train(everyone, model)
+    assert +watch.waits == {"number": waits}
     assert dtypes == [torch.bfloat16] * STEPS
 
 
-def test_a_step_that_waits_is_noticed(watch, config, everyone):
-    model = fedgin.make_model(config, 42, GPU)
-    model.head.register_forward_hook(lambda module, inputs, found: found * found.mean().item())
-    watch.waits.clear()
-    train(config, everyone, model)
-    assert +watch.waits == {"number": 1 + STEPS}
-
-
-def test_a_tensor_on_the_wrong_device_is_noticed(watch, config, everyone):
-    model, weight = fedgin.make_model(config, 42, GPU), torch.ones(len(config.organs) + 1)
-    forgotten = functools.partial(segmentation_loss, weight=weight)  # it stayed on the CPU
-    with pytest.raises(RuntimeError, match="device"):
-        train(config, everyone, model, loss_function=forgotten)
-
-
-def test_a_round_and_its_validation_end_on_the_cpu(watch, config, everyone):
+def test_a_round_and_its_validation_end_on_the_cpu(watch, everyone):
     training = Training(42, "fedgin", p=1.0)
-    clients = fedgin.make_clients(config, training, everyone, GPU)
+    clients = fedgin.make_clients(CONFIG, training, everyone, GPU)
     held_out = [hospital.val[0] for hospital in everyone if hospital.val]
-    [checkpoint] = fedgin.train_arm(config, training, clients, held_out, GPU)
-    weights = checkpoint.best.weights
+    [checkpoint] = fedgin.train_arm(CONFIG, training, clients, held_out, GPU)
+    weights = checkpoint.best_weights
     assert {w.device.type for w in weights.values()} == {"cpu"}
     assert len({w.untyped_storage()._cdata for w in weights.values()}) == 1  # a single copy
-    shapes = {key: w.shape for key, w in fedgin.make_model(config, 42).state_dict().items()}
-    assert {key: w.shape for key, w in weights.items()} == shapes
 
 
-def test_the_test_of_a_case_waits_for_its_lowest_voxel_and_its_labels(watch, config, everyone):
-    model = fedgin.make_model(config, 42, GPU)
+def test_the_test_of_a_case_waits_for_its_lowest_voxel_and_its_labels(watch, model, everyone):
     watch.waits.clear()
-    [(_, _, scores)] = fedgin.run_test(config, model, [(everyone[0], everyone[0].test[0])])
+    [(_, _, scores)] = fedgin.run_test(CONFIG, model, [(everyone[0], everyone[0].test[0])])
     assert +watch.waits == {"number": 1, "copy": 1}
-    assert scores.keys() == set(config.organs)
+    assert scores.keys() == set(CONFIG.organs)
 
 
 @pytest.mark.parametrize("text", ["CUDA out of memory", "GET was unable to find an engine to"])
-def test_a_volume_that_does_not_fit_is_put_together_on_the_cpu(text, watch, config):
-    model, image = fedgin.make_model(config, 42, GPU), np.zeros((40, 32, 32), np.float32)
-    calls = []
+def test_a_volume_that_does_not_fit_is_put_together_on_the_cpu(text, watch, model):
+    errors = [RuntimeError(text)]
 
-    def full(module, inputs):
-        calls.append(inputs)
-        if len(calls) == 1:
-            raise RuntimeError(text)
+    def fail_once(module, inputs):
+        if errors:
+            raise errors.pop()
 
-    model.register_forward_pre_hook(full)
+    model.register_forward_pre_hook(fail_once)
+    image, size = np.zeros((40, 32, 32), np.float32), (50, 40, 40)
     watch.waits.clear()
-    assert inference.segment(model, image, 32, (50, 40, 40)).shape == (50, 40, 40)
-    assert len(calls) == 2
+    assert inference.segment(model, image, 32, size).shape == size
     assert watch.waits["copy"] == 1  # the logits of the only batch of windows
-    del calls[:]
-    text = "shapes differ"
+    errors.append(RuntimeError("shapes differ"))
     with pytest.raises(RuntimeError, match="shapes differ"):
-        inference.segment(model, image, 32, (50, 40, 40))
+        inference.segment(model, image, 32, size)

@@ -12,37 +12,6 @@ NAMES = list(TISSUES)
 NATIVE, ARTERIAL, PORTAL, DELAYED, T1, T2 = np.transpose([TISSUES[name] for name in NAMES])
 
 
-@pytest.mark.parametrize("scanner", ["own", "other"])
-def test_shape_dtype_and_determinism(scanner):
-    for modality in ("ct", "mri"):
-        image, labels = make_phantom(42, modality, 3, scanner)
-        again, same = make_phantom.__wrapped__(
-            42, modality, 3, scanner
-        )  # conftest.py remembers them
-        assert image.shape == labels.shape == (SIZE,) * 3
-        assert (image.dtype, labels.dtype) == (np.float32, np.uint8)
-        assert np.array_equal(image, again)
-        assert np.array_equal(labels, same)
-        assert np.isfinite(image).all()
-
-
-@pytest.mark.parametrize(
-    ("modality", "index", "voxels", "mean", "deviation"),
-    [
-        ("ct", 0, [29859, 2115, 313, 305, 103, 73], -419.682016733, 472.249045550),
-        ("mri", 1, [30960, 1306, 214, 171, 73, 44], 196.959935947, 194.164798162),
-        ("mri", 3, [30998, 1238, 268, 155, 63, 46], 53.8877255029, 49.2013409047),
-    ],
-)
-def test_the_phantoms_of_docs_results_stay_what_they_are(modality, index, voxels, mean, deviation):
-    image, labels = make_phantom(42, modality, index)
-    assert np.bincount(labels.ravel()).tolist() == voxels
-    assert image.mean(dtype=float) == pytest.approx(mean, rel=1e-6)
-    assert image.std(dtype=float) == pytest.approx(deviation, rel=1e-6)
-    assert ORGANS == ("liver", "kidneys", "spleen", "pancreas", "gallbladder")
-    assert SIZE * SPACING == 288  # mm
-
-
 def blur(field, sigma, margin):
     """Gaussian weights out to 4 σ along each axis, beyond the margin wrapped or mirrored."""
     reach = int(4 * sigma + 0.5)
@@ -100,21 +69,20 @@ def mri(tissue, rng, scanner):
     return image * rng.uniform(200, 1000)
 
 
-def seeded(seed, modality, index, scanner):
-    kinds = [("ct", "own"), ("mri", "own"), ("ct", "other"), ("mri", "other")]
-    return np.random.default_rng([seed, kinds.index((modality, scanner)), index])
-
-
 @pytest.mark.parametrize("scanner", ["own", "other"])
 @pytest.mark.parametrize("render", [ct, mri])
 @pytest.mark.parametrize("index", [2, 12])  # own MRI: a tissue darkened, brightened to the limit
 def test_equals_phantoms_made_point_by_point(render, index, scanner):
-    modality = render.__name__
-    image, labels = make_phantom(7, modality, index, scanner)
-    rng = seeded(7, modality, index, scanner)
+    case = 7, render.__name__, index, scanner
+    image, labels = make_phantom(*case)
+    assert image.shape == labels.shape == (SIZE,) * 3
+    assert (image.dtype, labels.dtype) == (np.float32, np.uint8)
+    kinds = [("ct", "own"), ("mri", "own"), ("ct", "other"), ("mri", "other")]
+    rng = np.random.default_rng([7, kinds.index((render.__name__, scanner)), index])
     tissue = anatomy(rng)
     assert np.array_equal(labels, np.where(tissue > len(ORGANS), 0, tissue))
     np.testing.assert_allclose(image, render(tissue, rng, scanner), rtol=1e-4, atol=1e-2)
+    assert all(map(np.array_equal, make_phantom.__wrapped__(*case), (image, labels)))  # not cached
 
 
 @pytest.mark.parametrize(
@@ -123,73 +91,23 @@ def test_equals_phantoms_made_point_by_point(render, index, scanner):
         ((42, "ct", 0), "8190ad20ae2332d9"),
         ((42, "mri", 1), "4e56e439f5fa5d1a"),
         ((42, "mri", 3), "d4bb51b8301ca80b"),
-        ((7, "ct", 2), "e601d4133f6086b4"),
-        ((7, "ct", 12), "5d27183675232b57"),
-        ((7, "mri", 2), "ac0c12c0d71437de"),
-        ((7, "mri", 12), "6e8891709f7dc32c"),
-        ((0, "ct", 23), "74697ca55f114ec1"),
     ],
 )
-def test_the_own_scanner_gives_the_bytes_it_gave_before_there_was_another(case, digest):
+def test_the_phantoms_of_docs_results_stay_what_they_are_to_the_bit(case, digest):
     image, labels = make_phantom(*case)
     assert hashlib.sha256(image.tobytes() + labels.tobytes()).hexdigest().startswith(digest)
     assert np.array_equal(image, make_phantom(*case, scanner="own")[0])
+    assert ORGANS == ("liver", "kidneys", "spleen", "pancreas", "gallbladder")
+    assert SIZE * SPACING == 288  # mm
 
 
-def fitted(image, tissue, kernel):
-    """By least squares: what fills each tissue before the kernel, and the noise that is left."""
-    kinds = np.stack(
-        [blur((tissue == n) * 1.0, kernel, "symmetric").ravel() for n in range(len(NAMES))], axis=1
-    )
-    values = np.linalg.lstsq(kinds, image.ravel().astype(float), rcond=None)[0]
-    return values, image - (kinds @ values).reshape(image.shape)
-
-
-def next_voxels(noise):
-    """The correlation of neighbours."""
-    return np.corrcoef(noise[:-1].ravel(), noise[1:].ravel())[0, 1]
-
-
-def test_the_other_ct_has_its_three_phases_kernel_and_noise():
-    """HU copied from the sources beside TISSUES: native plus what is gained, by arithmetic."""
-    aorta, liver, spleen = (NAMES.index(name) for name in ("aorta", "liver", "spleen"))
-    by_phase = {"native": [], "arterial": [], "delayed": []}
-    for index in range(45):
-        image, _ = make_phantom(3, "ct", index, "other")
-        values, noise = fitted(image, anatomy(seeded(3, "ct", index, "other")), 0.8)
-        assert noise.std() == pytest.approx(15, rel=0.02)
-        assert next_voxels(noise) == pytest.approx(np.exp(-1 / (4 * 0.8**2)), abs=0.03)
-        phase = np.argmin([abs(values[aorta] - hu) for hu in (40, 340, 115)])
-        list(by_phase.values())[phase].append(values)
-    assert [len(cases) for cases in by_phase.values()] == pytest.approx([15] * 3, abs=9)  # 2.8 σ
-    native, arterial, delayed = (np.mean(cases, axis=0) for cases in by_phase.values())
-    for values, column in ((native, NATIVE), (arterial, ARTERIAL), (delayed, DELAYED)):
-        np.testing.assert_allclose(values, column, atol=4 * 12 / np.sqrt(8))
-    assert native[liver] == pytest.approx(56, abs=12)
-    assert arterial[spleen] - native[spleen] == pytest.approx((97 + 108) / 2, abs=16)
-    assert delayed[liver] - native[liver] == pytest.approx(0.3 * 75 / 0.6, abs=16)
-
-
-def test_the_own_ct_has_sharper_white_noise():
-    image, _ = make_phantom(3, "ct", 0)
-    values, noise = fitted(image, anatomy(seeded(3, "ct", 0, "own")), 0.5)
-    np.testing.assert_allclose(values, PORTAL, atol=4 * 12)
-    assert noise.std() == pytest.approx(10, rel=0.02)
-    assert next_voxels(noise) == pytest.approx(0, abs=0.03)
-
-
-def test_only_the_other_mri_suppresses_fat():
-    """At most 0.2 of fat's 0.85 is left beside muscle's 0.29; on the own, 0.35 of 0.75 to 0.95."""
-    fat, muscle = NAMES.index("fat"), NAMES.index("muscle")
-    brighter = {"own": 0, "other": 0}
-    for scanner in brighter:
-        for index in range(24):
-            image, _ = make_phantom(3, "mri", index, scanner)
-            tissue = anatomy(seeded(3, "mri", index, scanner))
-            signal = [np.median(image[tissue == n]) for n in (fat, muscle)]
-            brighter[scanner] += signal[0] > signal[1]
-    assert brighter["own"] > 18
-    assert brighter["other"] < 3
+def test_the_contrast_of_the_other_ct_is_that_of_its_sources():
+    """HU copied from the sources beside TISSUES: native, and what is gained over it."""
+    arterial, delayed = (dict(zip(NAMES, hu - NATIVE, strict=True)) for hu in (ARTERIAL, DELAYED))
+    assert NATIVE[NAMES.index("liver")] == 56
+    assert arterial["spleen"] == pytest.approx((97 + 108) / 2, abs=1)
+    assert 300 <= arterial["aorta"] <= 336
+    assert delayed["liver"] == pytest.approx(0.3 * 75 / 0.6, abs=2)
 
 
 def test_axes_run_left_to_right_back_to_front_and_feet_to_head():
@@ -224,20 +142,6 @@ def test_every_case_has_every_organ_at_a_plausible_size(scanner):
             assert (counts > 0).all()
             assert counts[0] > 0.8 * SIZE**3
             assert counts[1] == counts[1:].max()  # the liver is the largest
-
-
-def test_anatomy_has_one_distribution():
-    """Mean organ volumes of modalities and scanners agree within what chance allows."""
-
-    def volumes(modality, scanner):
-        cases = (make_phantom(7, modality, i, scanner)[1].ravel() for i in range(40))
-        return np.stack([np.bincount(labels, minlength=6) for labels in cases])
-
-    first = volumes("ct", "own")
-    for kind in (("mri", "own"), ("ct", "other"), ("mri", "other")):
-        counts = volumes(*kind)
-        standard_error = np.sqrt((first.var(axis=0) + counts.var(axis=0)) / 40)
-        assert (abs(first.mean(axis=0) - counts.mean(axis=0)) < 4 * standard_error).all()
 
 
 def test_ct_is_in_hounsfield_units_and_mri_swaps_the_order_of_organs():

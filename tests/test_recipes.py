@@ -1,6 +1,10 @@
 """docs/recipes.md: every recipe runs as it stands, for a round on phantoms."""
 
+import contextlib
+import dataclasses
+import io
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,29 +15,27 @@ from federated import train_client
 
 PAGE = (Path(__file__).parent.parent / "docs/recipes.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE))
-TINY = "rounds=1, local_steps=1, width=2, depth=2"
 
 
 def blocks(text):
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
-def run(section, names, **replaced):
-    """Execute a section's code after the page's first lines, at a tiny size."""
-    assert all(old in PAGE for old in replaced)
-    for block in blocks(SECTIONS[section]):
-        for old, new in replaced.items():
-            block = block.replace(old, new)
-        exec(block, names)
-    return names
+def run(section, names, old="", new=""):
+    """Execute a section's code after the page's first lines; return what it prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        for block in blocks(SECTIONS[section]):
+            exec(block.replace(old, new), names)
+    return printed.getvalue()
 
 
 @pytest.fixture(scope="module")
 def begun():
     [first, *_] = blocks(PAGE)
-    assert "rounds=20, local_steps=30" in first
+    tiny = first.replace("rounds=20, local_steps=30", "rounds=1, local_steps=1, width=2, depth=2")
+    assert tiny != first
     names = {}
-    exec(first.replace("rounds=20, local_steps=30", TINY), names)
+    exec(tiny, names)
     return names
 
 
@@ -42,31 +44,20 @@ def names(begun):
     return dict(begun)
 
 
-def test_recipes_are_short():
-    limits = {"Normalization that stays with its modality": 30, "GIN in a Flower ClientApp": 30}
-    for section, text in SECTIONS.items():
-        for block in blocks(text):
-            lines = [line for line in block.splitlines() if line.strip()]
-            assert len(lines) <= limits.get(section, 15), section
-
-
-def test_another_augmentation_in_gins_place(names, capsys):
+def test_another_augmentation_in_gins_place(names):
     plain = names["make_clients"](names["config"], names["fl"], names["everyone"])
-    run("Another augmentation in GIN's place", names)
-    assert capsys.readouterr().out.startswith("1 {'mri': 0.")
+    assert run("Another augmentation in GIN's place", names).startswith("1 {'mri': 0.")
     for name, client in names["clients"].items():
-        [(images, (labels, _))] = client.batches(1)
+        [(images, (labels, _))], [(again, _)] = client.batches(1), client.batches(1)
         [(before, (target, _))] = plain[name].batches(1)
         assert torch.equal(labels, target)
+        assert torch.equal(again, images)
         assert not torch.allclose(images, before)
         assert torch.allclose(images.amax((2, 3, 4)), before.amax((2, 3, 4)), atol=1e-5)
-        [(again, _)] = client.batches(1)
-        assert torch.equal(again, images)
 
 
-def test_a_spatial_augmentation_moves_labels_with_images(names, capsys):
-    run("A spatial augmentation beside GIN", names)
-    assert capsys.readouterr().out.startswith("1 {'mri': 0.")
+def test_a_spatial_augmentation_moves_labels_with_images(names):
+    assert run("A spatial augmentation beside GIN", names).startswith("1 {'mri': 0.")
     draws = torch.Generator().manual_seed(0)
     ball = (torch.stack(torch.meshgrid(*[torch.arange(24.0) - 9] * 3, indexing="ij")) ** 2).sum(0)
     labels = (ball < 20).long().expand(64, -1, -1, -1)
@@ -81,9 +72,8 @@ def test_a_spatial_augmentation_moves_labels_with_images(names, capsys):
     assert 1.3 < sizes.max() < 1.25**3 * 1.15
 
 
-def test_fedprox_holds_weights_near_those_of_the_server(names, capsys):
-    run("FedProx in the place of local training", names)
-    assert capsys.readouterr().out.startswith("1 {'mri': ")
+def test_fedprox_holds_weights_near_those_of_the_server(names):
+    assert run("FedProx in the place of local training", names).startswith("1 {'mri': ")
 
     def distance(train):
         model = names["make_model"](names["config"], seed=42)
@@ -93,29 +83,23 @@ def test_fedprox_holds_weights_near_those_of_the_server(names, capsys):
         train(model, batches, client.loss_function, lr=1e-2)
         return sum(float((w - start[k]).pow(2).sum()) for k, w in model.state_dict().items())
 
-    held = distance(lambda *a, **k: names["fedprox"](*a, **k, mu=10.0))
-    assert held < 0.8 * distance(names["train_locally"])
-    free = distance(lambda *a, **k: names["fedprox"](*a, **k, mu=0.0))
-    assert free == pytest.approx(distance(names["train_locally"]), rel=1e-6)
+    plain = distance(names["train_locally"])
+    free, held = (distance(partial(names["fedprox"], mu=mu)) for mu in (0.0, 10.0))
+    assert free == pytest.approx(plain, rel=1e-6)
+    assert held < 0.8 * plain
 
 
-def test_norms_stay_with_their_hospital(names, capsys):
-    run("Normalization that stays with its modality", names)
-    assert len(capsys.readouterr().out.splitlines()) == 2
-    model, own = names["model"], names["own"]
-    norms = {
-        f"{name}.{kind}"
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.GroupNorm)
-        for kind in ("weight", "bias")
-    }
+def test_norms_stay_with_their_hospital(names):
+    assert len(run("Normalization that stays with its modality", names).splitlines()) == 2
+    modules, own = names["model"].named_modules(), names["own"]
+    owners = [name for name, module in modules if isinstance(module, torch.nn.GroupNorm)]
+    norms = {f"{name}.{kind}" for name in owners for kind in ("weight", "bias")}
     assert set(own["mri"]) == set(own["ct"]) == norms
     assert any(not torch.equal(own["mri"][key], own["ct"][key]) for key in norms)
 
 
-def test_another_network(names, capsys):
-    run("Another network", names)
-    assert capsys.readouterr().out.startswith("1 {'mri': ")
+def test_another_network(names):
+    assert run("Another network", names).startswith("1 {'mri': ")
 
 
 def test_a_folder_layout_of_ones_own(names, tmp_path, monkeypatch):
@@ -126,13 +110,11 @@ def test_a_folder_layout_of_ones_own(names, tmp_path, monkeypatch):
         (folder / "mri.nii.gz").rename(mine / "T2.nii.gz")
         (folder / "segmentations/liver.nii.gz").rename(mine / "labels.nii.gz")
     monkeypatch.chdir(tmp_path)
-    run("Your own folder layout", names, **{"spacing=2.0": "spacing=9.0"})
+    run("Your own folder layout", names, "spacing=2.0", "spacing=9.0")
     [hospital] = names["everyone"]
     assert [len(part) for part in hospital[2:]] == [1, 1, 1]
-    assert hospital.train[0].volume.counts[1] > 100
-    config = names["Config"](
-        scenario="complete", organs="liver", rounds=1, local_steps=1, width=2, depth=2
-    )
+    assert hospital.train[0].counts[1] > 100
+    config = dataclasses.replace(names["config"], organs=("liver",))
     training = names["Training"](42, "mri-only")
     clients = names["make_clients"](config, training, [hospital])
     [last] = names["train_arm"](config, training, clients, hospital.val)
@@ -143,11 +125,9 @@ def test_gin_in_a_flower_client(names):
     flwr = pytest.importorskip("flwr.app")
     run("GIN in a Flower ClientApp", names)
     model = names["make_model"](names["config"], seed=42)
-    content = {
-        "arrays": flwr.ArrayRecord(model.state_dict()),
-        "config": flwr.ConfigRecord({"server-round": 1}),
-    }
-    message = flwr.Message(flwr.RecordDict(content), dst_node_id=1, message_type="train")
+    config, arrays = flwr.ConfigRecord({"server-round": 1}), flwr.ArrayRecord(model.state_dict())
+    content = flwr.RecordDict({"arrays": arrays, "config": config})
+    message = flwr.Message(content, dst_node_id=1, message_type="train")
     context = flwr.Context(1, 1, {"partition-id": 1}, flwr.RecordDict(), {})
     answer = names["app"](message, context)
     clients = names["make_clients"](names["config"], names["fedgin"], names["everyone"])

@@ -1,32 +1,104 @@
-"""The folder of a run: who trains what, what is refused, and the tables made of what is there."""
+"""The folder of a run and of its trainings: gone on with, shared, extended, refused; its tables."""
 
 import csv
 import dataclasses
+import errno
 import itertools
 import json
+import math
 import os
-import re
+import platform
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
-from test_trainings import CPU, FEDGIN, FL, ORDER, ORGANS, checkpoint, names, scores, train
+import torch
+from tiny import assert_equal
 
 import fedgin
-from scans import files
+from data import NORMALIZATION
+from scans import files, phantom
+from scans.cases import PreparedCase
 from scans.files import DataError
-from study import tables, trainings
-from study.config import Config, Training
-from study.console import Progress
-from study.hospitals import load_hospitals
-from study.results import NOT_SHARED, RunFolder
+from scripts import predict
+from study import hospitals, results, tables
+from study.config import VERSION, Checkpoint, Config, Round, Training
+from study.console import Progress, count_steps
+from study.hospitals import Hospital, load_hospitals
+from study.inference import load_model
+from study.results import RunFolder, TrainingFolder, environment
+from unet3d import UNet3D
 
-ROOT = Path(__file__).parent.parent
-SPLIT = {"train": ["a", "b"], "val": [], "test": ["c"]}
-MRI = {"hospital": "mri", "seed": 1, "cases": SPLIT, "files": {"a": [[3, 4]]}}
+CPU = torch.device("cpu")
+ORGANS = ("liver", "spleen")
+ARMS = ["mri-only", "ct-only", "fl", "fedgin", "centralized+gin"]
+FL, FEDGIN, FL2 = Training(1, "fl"), Training(1, "fedgin", p=1.0), Training(2, "fl")
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+def checkpoint(rounds, best=1):
+    """After some rounds, with weights that tell of the round they are of."""
+    history = tuple(
+        Round(n, {"mri": 1.0 * n, "ct": 3.0 * n}, {"mri": 0.25} if n % 2 else {}, 2.125)
+        for n in range(1, rounds + 1)
+    )
+    weights, best_weights = ({"w": torch.full((500,), float(n))} for n in (rounds, best))
+    return Checkpoint(rounds, weights, best, 0.5, best_weights, history)
+
+
+def plain(reached):
+    """A checkpoint with its tensors as lists, to be compared."""
+    both = {key: getattr(reached, key) or {} for key in ("weights", "best_weights")}
+    return vars(reached) | {k: {n: w.tolist() for n, w in v.items()} for k, v in both.items()}
+
+
+def case(id_, modality="mri", contents=""):
+    unread = [np.ones(3), np.ones(3, bool), None, None]
+    return PreparedCase(id_, modality, *unread, contents)
+
+
+MRI = Hospital("mri", "mri", [case("a", contents="aa")], [], [case("b", contents="bb")])
+OTHER = Hospital("far", "", [], [], [case("x", "ct")])
+
+
+def scores(liver, spleen=None):
+    """Scores of a case by organ: Dice d, HD95 10 d, NSD d / 2; None for an absent organ."""
+    return {
+        organ: {"outcome": "absent"}
+        | ({} if d is None else {"outcome": "scored", "dice": d, "hd95": 10 * d, "nsd": d / 2})
+        for organ, d in zip(ORGANS, (liver, spleen), strict=True)
+    }
+
+
+def train(folder, rounds=2, dice=0.5):
+    """All that a training does with its folder, without training."""
+    folder.begin({"mri": 2, "ct": 10}, CPU)
+    for n in range(1, rounds + 1):
+        folder.keep_round(checkpoint(n))
+    folder.keep_model(checkpoint(rounds))
+    folder.keep_scores(MRI, case("b"), scores(dice))
+    folder.finish(checkpoint(rounds))
+
+
+def names(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def rows(path):
+    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        return list(csv.DictReader(file))
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def cells(text):
+    """Of the tables in a text."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
 @pytest.fixture
@@ -34,611 +106,581 @@ def config(tmp_path):
     return Config(organs=ORGANS, scenario="complete", seeds=(1, 2), out=str(tmp_path / "out"))
 
 
-def opened(config, *records):
-    folder = RunFolder(config, ORDER)
-    folder.open(records or [MRI])
-    return folder
+def opened(config, trainings=(FL, FEDGIN), by_seed=None):
+    run = RunFolder(config, trainings, ARMS)
+    run.open(by_seed or {1: [MRI], 2: [MRI]})
+    return run
 
 
-def rows(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+@pytest.fixture
+def run(config):
+    return opened(config)
 
 
-def cells(line):
-    return [cell.strip() for cell in line.strip("|").split("|")]
+@pytest.fixture
+def kept(run):
+    """A run with a finished training and one that has been stopped."""
+    train(run.folder(FL))
+    run.folder(FEDGIN).keep_round(checkpoint(1))
+    return run
 
 
-# ----------------------------------------------------------------------------------- what is left
+def again(folder):
+    """The folder as another process finds it."""
+    return TrainingFolder(folder.config, folder.training)
 
 
-def test_a_run_leaves_what_it_promises(config, tmp_path):
-    out = tmp_path / "out"
-    wanted = [Training(seed, arm.arm, p=arm.p) for seed in (1, 2) for arm in (FL, FEDGIN)]
-    run = opened(config, MRI, MRI | {"seed": 2})
-    assert names(out) == [
-        "config.json",
-        "hospitals/mri-seed1.json",
-        "hospitals/mri-seed2.json",
-        "lock",
-    ]
-    assert run.unfinished(wanted) == wanted
-    for n, training in enumerate(wanted):
-        train(run.folder(training), cases=[("a", scores(liver=n / 4, spleen=None))])
-        assert run.unfinished(wanted) == wanted[n + 1 :]
-    report = run.report(wanted)
-    of_each = ["history.csv", "model.pt", "scores.csv", "training.json"]
-    shared = ["config.json", "history.csv", "hospitals/mri-seed1.json", "hospitals/mri-seed2.json"]
-    assert names(out) == sorted(
-        [*shared, "lock", "results.md", "scores.csv"]
-        + [f"{training.folder}/{name}" for training in wanted for name in of_each]
-    )
-    saved = json.loads((out / "config.json").read_text())
-    assert saved.pop("made by") == "fedgin.py"
-    assert saved.pop("format") == 3
-    fields = dataclasses.asdict(config)
+def refused(config, by_seed=None):
+    with pytest.raises(DataError) as caught:
+        opened(config, by_seed=by_seed)
+    return str(caught.value).removeprefix(f"{config.out}/")
+
+
+# ------------------------------------------------------------------------------------- a training
+
+
+def test_a_training_leaves_what_it_promises(run):
+    folder = run.folder(FEDGIN)
+    assert folder.path == run.out / "fedgin-p1-seed1"
+    assert folder.name == "fedgin p=1, seed 1"
+    folder.begin({"mri": 2}, CPU)
+    folder.keep_round(checkpoint(1))
+    assert names(folder.path) == ["checkpoint.pt", "history.csv", "training.json"]
+    assert not folder.is_trained()
+    folder.keep_model(checkpoint(1))
+    assert folder.is_trained()
+    assert names(folder.path) == ["history.csv", "model.pt", "training.json"]
+    folder.keep_scores(MRI, case("b"), scores(0.5))
+    assert names(folder.path) == ["history.csv", "model.pt", "testing.json", "training.json"]
+    assert not folder.is_finished()
+    folder.finish(checkpoint(1))
+    assert names(folder.path) == ["history.csv", "model.pt", "scores.json", "training.json"]
+    assert again(folder).is_finished()
+
+
+def test_what_it_is_is_written_once(run, monkeypatch):
+    folder, began = run.folder(FEDGIN), environment(CPU)
+    folder.begin({"mri": 2, "ct": 10.0}, CPU)
+    monkeypatch.setattr(results, "VERSION", "9")
+    again(folder).begin({"mri": 3}, CPU)
+    training = {"seed": 1, "arm": "fedgin", "ratio": "", "p": 1.0}
+    expected = {"training": training, "cases": {"mri": 2, "ct": 10.0}, "environment": began}
+    assert read(folder.path / "training.json") == expected
+
+
+def test_the_environment_is_what_may_change_the_last_digits(monkeypatch, tmp_path):
+    found = environment(CPU)
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions |= {"version": VERSION, "numpy": np.__version__, "threads": torch.get_num_threads()}
+    assert found == {**versions, "device": "cpu", "modules": found["modules"]}
+    assert list(results.MODULES) == sorted(path.stem for path in results.ROOT.glob("*.py"))
+    for name in results.MODULES:
+        shutil.copy(results.ROOT / f"{name}.py", tmp_path)
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    assert environment(CPU) == found
+    for path in tmp_path.iterdir():
+        path.write_text(path.read_text() + "\n")
+        assert environment(CPU)["modules"] != found["modules"]
+        path.write_text(path.read_text()[:-1])
+
+
+def test_it_goes_on_from_its_last_round(run):
+    folder = run.folder(FL)
+    assert folder.checkpoint() == Checkpoint()
+    first = Checkpoint(1, {"w": torch.ones(2)}, history=(Round(1, {"mri": 2.0}, {}, 1.0),))
+    for reached in (first, *map(checkpoint, (1, 2, 3))):  # the first was not validated
+        folder.keep_round(reached)
+        assert plain(again(folder).checkpoint()) == plain(reached)
+    assert run.folder(FEDGIN).checkpoint() == Checkpoint()  # each has its own
+
+
+def test_the_history_is_a_row_a_round(run):
+    folder = run.folder(FEDGIN)
+    assert folder.history() == []
+    for rounds in (1, 2, 3):
+        folder.keep_round(checkpoint(rounds))
+        expected = [
+            {"seed": "1", "arm": "fedgin", "ratio": "", "p": "1.0", "round": str(n)}
+            | {"seconds": "2.12", "loss": f"{2.0 * n}", "val_dice_mri": "0.25" if n % 2 else ""}
+            | {"val_dice_ct": "", "loss mri": f"{1.0 * n}", "loss ct": f"{3.0 * n}"}
+            for n in range(1, rounds + 1)
+        ]
+        assert rows(folder.path / "history.csv") == again(folder).history() == expected
+        assert list(folder.history()[0]) == list(expected[0])
+
+
+def test_a_model_is_its_best_weights_and_what_predictions_need(tmp_path):
+    settings = {"spacing": 9.0, "patch": 16, "width": 4, "depth": 3, "organs": ORGANS}
+    config = Config(**settings, out=str(tmp_path))
+    folder = TrainingFolder(config, Training(7, "fedgin", "1:5", 0.25))
+    folder.keep_round(checkpoint(3, best=2))
+    size = (folder.path / "checkpoint.pt").stat().st_size
+    folder.keep_model(checkpoint(3, best=2))
+    path = tmp_path / "fedgin-1-5-p0.25-seed7/model.pt"
+    assert path.stat().st_size < size - 1500  # one of two times 2,000 bytes of weights is kept
+    saved = torch.load(path, weights_only=True)
+    for key in ("weights", "best_weights"):
+        assert saved.pop(key)["w"].unique().tolist() == [2.0]
+    settings |= {"normalization": NORMALIZATION, "phantoms": True}
     assert saved == {
-        key: list(value) if isinstance(value, tuple) else value
-        for key, value in fields.items()
-        if key not in NOT_SHARED
+        **{"arm": "fedgin 1:5 p=0.25", "seed": 7, "model": settings},
+        **{"round": 3, "best_round": 2, "best_dice": 0.5},
+        "history": [vars(done) for done in checkpoint(3).history],
     }
-    assert set(NOT_SHARED) == {
-        *("arms", "ratios", "gin_probability", "seeds", "out", "cache", "no_cache"),
-    }
-    assert json.loads((out / "hospitals/mri-seed2.json").read_text()) == MRI | {"seed": 2}
+    expected = dataclasses.replace(checkpoint(3, best=2), weights=checkpoint(2).weights)
+    assert plain(again(folder).checkpoint()) == plain(expected)
+
+
+def test_the_checkpoint_goes_once_the_model_is_there(run, monkeypatch):
+    folder = run.folder(FL)
+    folder.keep_round(checkpoint(2))
+    left = (folder.path / "checkpoint.pt").read_bytes()
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"No space .*model\.pt"):
+        patch.setattr(os, "fsync", Mock(side_effect=FULL))
+        folder.keep_model(checkpoint(2))
+    assert plain(again(folder).checkpoint()) == plain(checkpoint(2))
+    folder.keep_model(checkpoint(2))
+    (folder.path / "checkpoint.pt").write_bytes(left)  # killed between the two: the model counts
+    assert again(folder).checkpoint().weights["w"][0] == 1
+    again(folder).finish(checkpoint(2))
+    assert names(folder.path) == ["history.csv", "model.pt", "scores.json"]
+
+
+def test_scores_are_a_row_an_organ_and_go_on_after_the_last_case(run):
+    cases = [(MRI, case("b"), 0.1 + 0.2), (OTHER, case("x", "ct"), 0.5), (OTHER, case("y"), 1.0)]
+    for n, (hospital, tested, dice) in enumerate(cases):
+        folder = run.folder(FEDGIN)
+        folder.keep_scores(hospital, tested, scores(dice))
+        assert folder.n_tested() == again(folder).n_tested() == n + 1
+    assert run.folder(FL).n_tested() == 0
+    folder.finish(checkpoint(2))
+    found, training = again(folder).scores(), {"seed": 1, "arm": "fedgin", "ratio": "", "p": 1.0}
+    liver = {"hospital": "mri", "scanner": "own", "case": "b", "modality": "mri", "organ": "liver"}
+    assert found[0] == {**training, **liver, **scores(0.1 + 0.2)["liver"]}
+    spleen = {"hospital": "far", "scanner": "other", "case": "x", "modality": "ct"}
+    spleen |= {**training, "organ": "spleen", "outcome": "absent"}
+    assert {key: found[3][key] for key in spleen} == spleen
+    assert all(math.isnan(found[3][metric]) for metric in ("dice", "hd95", "nsd"))
+    order = [(score["case"], score["organ"]) for score in found]
+    assert order == list(itertools.product("bxy", ORGANS))
+
+
+def test_scores_may_come_from_several_machines(run):
+    """Then all of them are kept, in place of those of this machine's test cases."""
+    folder = run.folder(FL)
+    folder.keep_scores(MRI, case("b"), scores(0.5, 0.25))
+    own = folder.scores()
+    other = [{**score, "hospital": "ct", "case": "case 0", "modality": "ct"} for score in own]
+    folder.finish(checkpoint(2), [*own, *other])
+    assert again(folder).scores() == [*own, *other]
+    assert names(folder.path) == ["history.csv", "scores.json"]
+
+
+def test_a_model_that_was_trained_anew_is_tested_anew(run):
+    folder = run.folder(FL)
+    folder.keep_model(checkpoint(2))
+    folder.keep_scores(MRI, case("b"), scores(0.5))
+    (folder.path / "model.pt").unlink()
+    again(folder).keep_model(checkpoint(2))
+    assert again(folder).n_tested() == 0
+
+
+def test_names_may_be_no_utf_8(run):
+    folder, odd = run.folder(FL), os.fsdecode(b's\xff, "x"')
+    folder.begin({odd: 2}, CPU)
+    folder.keep_scores(MRI._replace(name=odd), case(odd), scores(0.5))
+    folder.finish(Checkpoint(1, history=(Round(1, {odd: 1.0}, {}, 1.0),)))
+    assert [score["case"] for score in again(folder).scores()] == [odd, odd]
+    run.report()
+    assert [row["case"] for row in rows(run.out / "scores.csv")] == [odd, odd]
+    assert rows(run.out / "history.csv")[0][f"loss {odd}"] == "1.0"
+    assert os.fsencode(odd) in (run.out / "results.md").read_bytes()
+
+
+# --------------------------------------------------------------------------- a run, and its tables
+
+
+def test_a_run_leaves_what_it_promises(config):
+    wanted = [Training(seed, arm.arm, p=arm.p) for seed in (1, 2) for arm in (FL, FEDGIN)]
+    run = RunFolder(config, wanted, ARMS)
+    assert run.describe() == f"{run.out}: 0 of 4 trainings finished"
+    assert not run.out.exists()  # before it is opened
+    run.open({1: [MRI, OTHER], 2: [MRI]})
+    shared = ["cases-seed1.json", "cases-seed2.json", "config.json", "lock"]
+    assert names(run.out) == shared
+    for n, training in enumerate(wanted):
+        assert run.unfinished() == wanted[n:]
+        train(run.folder(training), dice=n / 4)
+    report = run.report()
+    of_each = ("history.csv", "model.pt", "scores.json", "training.json")
+    shared += ["history.csv", "results.md", "scores.csv"]
+    shared += [f"{training.folder}/{name}" for training in wanted for name in of_each]
+    assert names(run.out) == sorted(shared)
+    saved, all_ = read(run.out / "config.json"), json.loads(json.dumps(dataclasses.asdict(config)))
+    assert (saved.pop("made by"), saved.pop("format")) == ("fedgin.py", 4)
+    of_trainings = {"arms", "ratios", "gin_probability", "seeds", "out", "cache"}
+    assert saved == {key: value for key, value in all_.items() if key not in of_trainings}
+    cases = {"mri mri a": "train aa", "mri mri b": "test bb"}
+    assert read(run.out / "cases-seed2.json") == cases
+    assert read(run.out / "cases-seed1.json") == {**cases, "far ct x": "test"}
     order = [wanted[0], wanted[2], wanted[1], wanted[3]]  # arms as they follow one another, seeds
-    found = rows(out / "scores.csv")
+    found = rows(run.out / "scores.csv")
     assert list(found[0]) == list(tables.SCORE)
-    assert [(int(row["seed"]), row["arm"]) for row in found[::2]] == [
-        (t.seed, t.arm) for t in order
-    ]
     assert [row["dice"] for row in found] == ["0.0", "", "0.5", "", "0.25", "", "0.75", ""]
-    history = rows(out / "history.csv")
-    assert [(int(r["seed"]), r["arm"], int(r["round"])) for r in history] == [
-        (t.seed, t.arm, n) for t in order for n in (1, 2)
-    ]
-    assert [row for t in order for row in run.folder(t).history()] == history
-    lines = report.splitlines()
-    assert lines[0] == (
-        "## Test Dice, complete scenario, seeds 1 2: PHANTOMS (synthetic volumes, not patients)"
-    )
-    assert [cells(line) for line in lines[2:6:1]] == [
-        ["Dice", "MRI own", "missed"],
-        ["-" * 10, "-" * 13, "-" * 6],
-        ["fl", "0.250 ± 0.354", "0"],  # liver alone: 0 of seed 1, 0.5 of seed 2
+    history = [row for training in order for row in run.folder(training).history()]
+    assert rows(run.out / "history.csv") == history
+    title = "complete scenario, seeds 1 2: PHANTOMS (synthetic volumes, not patients)"
+    assert report.startswith(f"## Test Dice, {title}\n\n| Dice ")
+    assert cells(report)[2:4] == [  # the liver's alone: 0 of seed 1, 0.5 of seed 2
+        ["fl", "0.250 ± 0.354", "0"],
         ["fedgin p=1", "0.500 ± 0.354", "0"],
     ]
-    assert lines[-1] == f"All tables: {out / 'results.md'}"
-    text = (out / "results.md").read_text()
+    assert report.endswith(f"\n\nAll tables: {run.out / 'results.md'}")
+    text = (run.out / "results.md").read_text()
     assert text.startswith(report.rsplit("\n\n", 1)[0])
     assert "### Scanners of the hospitals that train: mri\n" in text
-    assert text.endswith(
-        "Training cases:\n\n"
-        + "".join(f"    {t.label}, seed {t.seed}: {{'mri': 2, 'ct': 10}}\n" for t in order)
-    )
+    cases = [f"    {t.label}, seed {t.seed}: {{'mri': 2, 'ct': 10}}\n" for t in order]
+    assert text.endswith("Training cases:\n\n" + "".join(cases))
 
 
-def test_nothing_is_written_before_it_is_opened(config, tmp_path):
-    run = RunFolder(config, ORDER)
-    assert run.unfinished([FL, FEDGIN]) == [FL, FEDGIN]
-    assert run.describe([FL, FEDGIN]) == f"{run.out}: 0 of 2 trainings finished"
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_what_is_there_of_a_run_is_described(config):
-    run = opened(config)
-    train(run.folder(FL))
-    stopped, tested = run.folder(FEDGIN), run.folder(Training(2, "fl"))
-    stopped.begin({}, CPU)
-    for n in (1, 2, 3):
-        stopped.keep_round(checkpoint(n))
-    tested.begin({}, CPU)
-    tested.keep_model(checkpoint(20))
-    last = Training(2, "fedgin", p=1.0)
-    every = [FL, FEDGIN, tested.training, last]
-    assert run.describe(every) == (
-        f"{run.out}: 1 of 4 trainings finished, fedgin p=1, seed 1, in round 4 of 20, "
-        "fl, seed 2, in its test"
-    )
-    day = run.folder(FL).about["finished"]
-    assert re.fullmatch(r"20\d\d-\d\d-\d\d \d\d:\d\d", day)
-    version = trainings.VERSION
-    assert run.describe([FL]) == (
-        f"{run.out}: 1 of 1 trainings finished, the last one on {day}, by version {version}"
-    )
-
-
-def test_rows_follow_arms_ratio_p_and_seed_whatever_was_trained_first(tmp_path):
-    config = Config(organs=ORGANS, out=str(tmp_path / "out"))
-    run = opened(config, MRI, MRI | {"seed": 10})
-    expected = [
-        *(Training(seed, "mri-only") for seed in (1, 10)),
-        *(Training(seed, "fl", ratio) for ratio in ("1:1", "1:5", "all") for seed in (1, 10)),
-        *(
-            Training(seed, "fedgin", ratio, p)
-            for ratio in ("1:1", "1:5")
-            for p in (1.0, 0.5, 0.25)
-            for seed in (1, 10)
-        ),
-        Training(1, "centralized+gin", "1:5", 1.0),
-    ]
-    shuffled = [expected[(8 * n) % len(expected)] for n in range(len(expected))]
-    assert set(shuffled) == set(expected)
+def test_rows_follow_arms_ratio_p_and_seed_whatever_was_trained_first(config):
+    kinds = [("mri-only", "", None), *(("fl", ratio, None) for ratio in ("1:1", "1:5", "all"))]
+    kinds += [("fedgin", ratio, p) for ratio in ("1:1", "1:5") for p in (1.0, 0.5, 0.25)]
+    expected = [Training(seed, *kind) for kind in kinds for seed in (1, 10)]
+    shuffled = [expected[(7 * n) % 20] for n in range(20)]
+    run = opened(config, shuffled)
     for training in shuffled:
         train(run.folder(training), rounds=1)
-    found = RunFolder(config, ORDER).begun()
-    assert [folder.training for folder in found] == expected
-    report = run.report([])
+    assert [folder.training for folder in run.begun()] == expected
     labels = list(dict.fromkeys(training.label for training in expected))
-    shown = [cells(line)[0] for line in report.splitlines() if line.startswith("|")]
-    assert shown[2 : 2 + len(labels)] == labels
-    assert list(dict.fromkeys(row["seed"] for row in rows(run.out / "scores.csv"))) == ["1", "10"]
+    assert [row[0] for row in cells(run.report())[2:12]] == labels
 
 
-def test_tables_are_made_of_what_is_there_and_say_what_is_not(config):
-    run = opened(config)
-    train(run.folder(FL))
-    begun = run.folder(FEDGIN)
-    begun.begin({}, CPU)
-    begun.keep_round(checkpoint(1))
-    report = run.report([FL, Training(2, "fl")])
-    assert report.splitlines()[0].endswith(
-        "; NOT FINISHED: 2 trainings"
-    )  # one begun, one asked for
-    assert {row["arm"] for row in rows(run.out / "scores.csv")} == {"fl"}
-    assert [row["arm"] for row in rows(run.out / "history.csv")] == ["fl", "fl", "fedgin"]
-    train(begun)
-    assert "NOT FINISHED" not in run.report([FL])
-
-
-def test_tables_of_a_run_without_any_finished_training(config):
-    run = opened(config)
-    lines = run.report([FL]).splitlines()
-    assert lines[0].endswith("not patients); NOT FINISHED: 1 trainings")
+def test_tables_and_a_line_tell_how_far_a_run_has_come(config):
+    run = opened(config, [FL, FEDGIN, FL2, Training(2, "fedgin", p=1.0)])
+    assert "; NOT FINISHED: 4 of the trainings\n" in run.report()
     assert rows(run.out / "scores.csv") == []
-
-
-@pytest.mark.parametrize("settings", [{"ct": ("a",)}, {"scenario": "limited", "mri": ("b",)}])
-def test_titles(settings, config):
-    run = opened(dataclasses.replace(config, **settings))
-    train(run.folder(Training(2, "fl")))
-    train(run.folder(Training(1, "fl")))
-    title = run.report([]).splitlines()[0]
-    scenario = settings.get("scenario", "complete")
-    assert title == f"## Test Dice, {scenario} scenario, seeds 1 2: scans"
-
-
-def test_in_what_trainings_differ_is_said(config, monkeypatch):
-    run = opened(config)
     train(run.folder(FL))
-    assert "NOTE" not in run.report([])
-    monkeypatch.setattr(trainings, "VERSION", "3.0.0")
-    train(run.folder(FEDGIN))
-    (run.folder(FL).path / "model.pt").unlink()
-    report = run.report([])
-    versions = ", ".join(sorted(["3.0.0", "2.0.0"]))
-    assert f"NOTE: trainings differ in version: {versions}\n" in report
-    assert "NOTE: the model of fl, seed 1 is gone" in report
-    assert "differ in torch" not in report
-    assert report.split("\n\nAll tables")[0] in (run.out / "results.md").read_text()
-    by = f"by version {' and '.join(sorted(['3.0.0', '2.0.0']))}"
-    assert run.describe([FL, FEDGIN]).endswith(by)
-
-
-# ------------------------------------------------------------------------------------------ by whom
-
-
-def test_each_training_is_taken_in_turn_and_finished_ones_are_not(config):
-    run, wanted = opened(config), [FL, FEDGIN, Training(2, "fl")]
-    train(run.folder(FEDGIN))
-    taken = []
-    for folder in run.take(wanted):
-        taken.append(folder.training)
-        assert (
-            files.holder(folder.path / "lock") == f"{socket.gethostname()}, process {os.getpid()}"
-        )
+    stopped, tested = run.folder(FEDGIN), run.folder(FL2)
+    for folder in (stopped, tested):
+        folder.begin({}, CPU)
+        folder.keep_round(checkpoint(3))
+    tested.keep_model(checkpoint(20))
+    stop = "fedgin p=1, seed 1, in round 4 of 20, fl, seed 2, in its test"
+    assert run.describe() == f"{run.out}: 1 of 4 trainings finished, {stop}"
+    assert "; NOT FINISHED: 3 of the trainings\n" in run.report()
+    assert {row["arm"] for row in rows(run.out / "scores.csv")} == {"fl"}
+    found = [(row["arm"], row["seed"]) for row in rows(run.out / "history.csv")]
+    assert list(dict.fromkeys(found)) == [("fl", "1"), ("fl", "2"), ("fedgin", "1")]
+    run = opened(config, [FL])  # which asks for one; two more have begun
+    assert "; NOT FINISHED: 2 of the trainings\n" in run.report()
+    for folder in (stopped, tested):
         train(folder)
-    assert taken == [FL, Training(2, "fl")]
-    assert all(files.holder(run.folder(t).path / "lock") == "" for t in wanted)
-    assert list(run.take(wanted)) == []
+    assert "NOT FINISHED" not in run.report()
 
 
-def test_the_tables_are_written_after_each_training(config):
-    run, wanted = opened(config), [FL, FEDGIN]
-    seen = []
-    for folder in run.take(wanted):
-        path = run.out / "results.md"
-        seen.append(path.read_text().splitlines()[0][-29:] if path.exists() else "")
-        if folder.training == FL:
-            train(folder)
-    assert seen == ["", "s); NOT FINISHED: 1 trainings"]
-    text = (run.out / "results.md").read_text()
-    assert "under way elsewhere" not in text  # the one that did not finish is held by nobody
+def test_in_what_trainings_differ_is_said(run, monkeypatch):
+    train(run.folder(FL))
+    assert "NOTE" not in run.report()
+    monkeypatch.setattr(results, "VERSION", "9.0.0")
+    train(run.folder(FEDGIN))
+    path = run.folder(FL).path / "training.json"
+    older = read(path)
+    del older["environment"]["numpy"]  # as a version would leave it that did not know of it
+    path.write_text(json.dumps(older))
+    report = run.report()
+    notes = [line for line in report.splitlines() if line.startswith("NOTE")]
+    assert notes == [f"NOTE: trainings differ in version: {VERSION}, 9.0.0"]
+    assert notes[0] in (run.out / "results.md").read_text()
 
 
-HOLD = """
-import sys
-from pathlib import Path
-from scans.files import lock
-with lock(Path(sys.argv[1])) as held:
-    print(held, flush=True)
-    sys.stdin.read()
-"""
-
-
-def test_what_another_process_is_at_work_on_is_left_to_it(config):
-    run, wanted = opened(config), [FL, FEDGIN]
-    run.folder(FL).path.mkdir()
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
-    args = [sys.executable, "-c", HOLD, str(run.folder(FL).path / "lock")]
-    with subprocess.Popen(args, **pipes) as other:
-        assert other.stdout.readline() == "True\n"
-        assert [folder.training for folder in run.take(wanted)] == [FEDGIN]
-        elsewhere = f"under way elsewhere: fl, seed 1 ({socket.gethostname()}, process {other.pid})"
-        assert elsewhere in run.report(wanted).splitlines()
-        other.kill()
-        other.wait()
-    assert "elsewhere" not in run.report(wanted)
-    assert [folder.training for folder in run.take(wanted)] == wanted
-
-
-def test_who_fails_holds_nothing(config):
-    run = opened(config)
-    with pytest.raises(KeyError):
-        for _ in run.take([FL]):
-            raise KeyError
-    assert [folder.training for folder in run.take([FL])] == [FL]
+def test_each_training_is_held_by_one_process_and_tables_follow(run, capsys):
+    free, taken, done = map(run.folder, (FL, FEDGIN, FL2))
+    train(done)
+    with files.lock(taken.path / "lock"):
+        for folder in (taken, done):
+            with run.hold(folder) as held:
+                assert held is False
+        assert not (run.out / "results.md").exists()
+        with run.hold(free) as held, run.hold(free) as twice:
+            assert (held, twice) == (True, False)
+            train(free)
+    assert "; NOT FINISHED: 1 of the trainings\n" in (run.out / "results.md").read_text()
+    work = "another process is at work on it\n"
+    assert capsys.readouterr().err == f"fedgin p=1, seed 1: {work}fl, seed 1: {work}"
+    with pytest.raises(KeyError), run.hold(taken):
+        raise KeyError
+    with run.hold(taken) as held:  # who fails holds nothing
+        assert held is True
 
 
 # -------------------------------------------------------------------------------- what is refused
 
 
 @pytest.mark.parametrize(
-    "name", ["history.csv", "scores.csv", "results.md", "hospitals/mri.json", "fl/training.json"]
+    "name", ["history.csv", "scores.csv", "results.md", "predictions.json", "fl/training.json"]
 )
-def test_files_of_another_origin_are_not_overwritten(name, config, tmp_path):
-    path = tmp_path / "out" / name
+def test_files_of_another_origin_are_not_overwritten(name, config):
+    path = Path(config.out) / name
     path.parent.mkdir(parents=True)
     path.write_text("of somebody else")
-    named = path.parent if name.startswith("hospitals") else path
-    message = f"^{named}: is there, and no config.json of a run beside it; choose another --out$"
-    with pytest.raises(DataError, match=message):
-        RunFolder(config, ORDER)
+    message = "is there, and no config.json of a run beside it; choose another --out"
+    assert refused(config) == f"{name}: {message}"
     assert path.read_text() == "of somebody else"
+    path.rename(path.with_name("notes.txt"))
+    train(opened(config).folder(FL))
+    opened(config).report()
+    assert path.with_name("notes.txt").read_text() == "of somebody else"
 
 
-def test_other_files_may_lie_in_the_folder(config, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/notes.txt").write_text("mine")
-    (tmp_path / "out/tmp-scores.csv").write_text("mine too")
-    run = opened(config)
-    train(run.folder(FL))
-    run.report([])
-    assert (tmp_path / "out/notes.txt").read_text() == "mine"
-    assert (tmp_path / "out/tmp-scores.csv").read_text() == "mine too"
+def test_other_settings_and_other_data_are_refused_by_name(config, run):
+    before = {path: path.read_bytes() for path in run.out.rglob("*.json")}
+    end = ". Give the same, or another --out"
+    for changes, differs in (
+        ({"lr": 1e-3, "width": 4, "cache": "x"}, "width 8, now 4; lr 0.004, now 0.001"),
+        ({"rounds": 30}, "rounds 20, now 30"),
+        ({"organs": ("liver",), "sites": 2}, "sites 1, now 2; organs liver spleen, now liver"),
+    ):
+        told = refused(dataclasses.replace(config, **changes))
+        assert told == f"config.json: was made with {differs}{end}"
+    new = case("c", contents="cc")
+    split, changed = MRI._replace(train=MRI.test, test=MRI.train), case("a", contents="cc")
+    for hospital, differs in (
+        (MRI._replace(train=[*MRI.train, new]), "mri mri c None, now train cc"),
+        (MRI._replace(test=[]), "mri mri b test bb, now None"),
+        (split, "mri mri a train aa, now test aa; mri mri b test bb, now train bb"),
+        (MRI._replace(train=[changed]), "mri mri a aa, now cc"),
+    ):
+        told = refused(config, {1: [hospital]})
+        assert told == f"cases-seed1.json: was made with {differs}{end}"
+    # A new seed may split the scans in another way, but they must be the same.
+    assert "mri mri a aa, now cc." in refused(config, {3: [MRI._replace(train=[changed])]})
+    assert {path: path.read_bytes() for path in run.out.rglob("*.json")} == before
+    opened(config, by_seed={3: [split]})
 
 
-def test_a_folder_that_cannot_be_written_is_named_at_once(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(files.os, "access", lambda path, mode: False)
-    with pytest.raises(DataError, match=f"^{tmp_path}: cannot be written; choose another --out"):
-        RunFolder(config, ORDER)
-
-
-def refused(config, *records):
-    with pytest.raises(DataError) as caught:
-        opened(config, *records)
-    return str(caught.value).removeprefix(f"{config.out}: ")
-
-
-def test_other_settings_and_other_data_are_refused_by_name(config, tmp_path):
-    run = opened(config)
-    run.folder(FL).begin({}, CPU)
-    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.json")}
-    other = dataclasses.replace(config, lr=1e-3, width=4, cache="elsewhere")
-    start = "holds a run with other settings: "
-    end = ". Give its own settings, or choose another --out"
-    assert refused(other) == f"{start}lr 0.004, now 0.001; width 8, now 4{end}"
-    longer = dataclasses.replace(config, rounds=30)
-    why = "rounds cannot be added, as the learning rate falls to 0 over those planned"
-    assert refused(longer) == f"{start}rounds 20, now 30; {why}{end}"
-    organs = dataclasses.replace(config, organs=("liver",), ct=("x",), spacing=9.0)
-    assert f"ct none, now {Path('x').resolve()}; " in refused(organs)
-    assert "; organs liver spleen, now liver. " in refused(organs)
-    path = tmp_path / "out/hospitals/mri-seed1.json"
-    start, end = f"{path}: is not as this program left it (", "); choose another --out"
-    splits = MRI | {"cases": SPLIT | {"train": ["a", "d"]}}
-    assert refused(config, splits) == f"{start}mri has other cases, or splits them otherwise{end}"
-    changed = MRI | {"files": {"a": [[3, 5]], "b": [[1, 1]]}}
-    assert refused(config, changed) == f"{start}files of mri have changed: a{end}"
-    elsewhere = changed | {"seed": 2}  # with another seed the files are the same
-    assert refused(config, elsewhere) == f"{start}files of mri have changed: a{end}"
-    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.json")} == before
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"made by": "me"}, "is no run's"),
-        ({"made by": None}, "is no run's"),
-        ({"made by": None, "gin_probability": [1.0]}, "is of version 1, which must end it"),
-    ],
-)
-def test_a_config_that_is_not_of_a_run_of_this_version_is_refused(change, message, config):
-    run = opened(config)
-    path = run.out / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    assert refused(config) == f"{path}: {message}; choose another --out"
-
-
-@pytest.mark.parametrize(("key", "value"), [("format", 0), ("lr", None), ("format", "x")])
-def test_a_run_of_another_format_is_refused(key, value, config):
-    run = opened(config)
-    run.folder(FL).begin({}, CPU)
-    path = run.out / "config.json"
-    saved = json.loads(path.read_text())
-    path.write_text(json.dumps({**saved, key: value}))
-    now = {"format": 3, "lr": 0.004}[key]
-    start = "holds a run with other settings: "
-    end = ". Give its own settings, or choose another --out"
-    assert refused(config) == f"{start}{key} {value}, now {now}{end}"
-    del saved[key]
-    path.write_text(json.dumps(saved))
-    assert refused(config) == f"{start}{key} None, now {now}{end}"
-
-
-def test_a_run_that_has_trained_nothing_may_change_its_settings_and_data(config):
-    first = opened(config)
-    other = dataclasses.replace(config, lr=1e-3, rounds=7)
-    changed = MRI | {"files": {"a": [[9, 9]]}, "cases": SPLIT | {"train": ["x"]}}
-    second = opened(other, changed, MRI | {"hospital": "ct"})
-    saved = json.loads((second.out / "config.json").read_text())
-    assert (saved["lr"], saved["rounds"]) == (1e-3, 7)
-    assert json.loads((second.out / "hospitals/mri-seed1.json").read_text()) == changed
-    with pytest.raises(DataError, match="has just got other settings"):
-        first.folder(FL).begin({}, CPU)
-    second.folder(FL).begin({}, CPU)
-    opened(other, changed)
-    assert "files of mri have changed: a" in refused(other, MRI)
-
-
-def test_what_was_never_trained_with_is_not_compared_with(config):
-    """A record of seed 1, of scans that were mended before anything was trained with seed 2."""
-    opened(config, MRI)
-    mended = MRI | {"seed": 2, "files": {"a": [[9, 9]]}}
-    run = opened(config, mended)
-    run.folder(Training(2, "fl")).begin({}, CPU)
-    opened(config, mended)
-    opened(config, mended | {"seed": 1})
-    assert "files of mri have changed: a" in refused(config, MRI)
+def test_a_run_goes_on_wherever_it_its_data_and_its_cache_are(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = dataclasses.replace(config, ct=("here/ct_set",), mri=("mri",))
+    train(opened(config).folder(FL))
+    (tmp_path / "out").rename(tmp_path / "moved")
+    (tmp_path / "linked").symlink_to(tmp_path / "moved")
+    for out, folder in itertools.product(("moved", "linked"), ("ct_set/", "/else/where/ct_set")):
+        changes = {"out": out, "ct": (folder,), "mri": ("./mri/.",), "cache": "elsewhere"}
+        run = opened(dataclasses.replace(config, **changes))
+        assert run.unfinished() == [FEDGIN]
+        assert run.report().startswith("## Test Dice, complete scenario, seeds 1: scans; NOT ")
+    told = refused(dataclasses.replace(config, out="moved", ct=("here/other",)))
+    assert "ct ct_set, now other" in told
 
 
 @pytest.mark.parametrize("added", list(itertools.permutations(range(3))))
 def test_a_run_is_extended_in_any_order(added, config):
-    parts = [
-        ([FL], [MRI]),
-        ([Training(2, "fl"), Training(2, "fedgin", p=1.0)], [MRI | {"seed": 2}]),
-        ([Training(1, "fedgin", p=0.25)], [MRI]),
-    ]
+    parts = [[FL], [FL2, Training(2, "fedgin", p=1.0)], [Training(1, "fedgin", p=0.25)]]
     for n in added:
-        wanted, records = parts[n]
-        run = opened(dataclasses.replace(config, seeds=(wanted[0].seed,)), *records)
-        assert run.unfinished(wanted) == wanted
-        stopped = run.folder(wanted[0])
+        run = opened(config, parts[n], {parts[n][0].seed: [MRI]})
+        assert run.unfinished() == parts[n]
+        stopped = run.folder(parts[n][0])
         stopped.begin({}, CPU)
         stopped.keep_round(checkpoint(1))
-    for wanted, records in parts:  # and none of those that stopped is lost
-        run = opened(config, *records)
+    for wanted in parts:  # and none of those that stopped is lost
+        run = opened(config, wanted, {wanted[0].seed: [MRI]})
         assert run.folder(wanted[0]).checkpoint().round == 1
-        for folder in run.take(wanted):
-            train(folder)
-    report = run.report([])
-    assert "NOT FINISHED" not in report
-    assert "seeds 1 2: PHANTOMS" in report
-    shown = [cells(line)[:2] for line in report.splitlines() if line.startswith("|")][2:5]
-    assert shown == [
-        ["fl", "0.500 ± 0.000"],
-        ["fedgin p=1", "0.500"],
-        ["fedgin p=0.25", "0.500"],
-    ]
+        for training in wanted:
+            train(run.folder(training), rounds=1)
+    report = run.report()
+    assert "seeds 1 2: PHANTOMS (synthetic volumes, not patients)\n" in report
+    shown = [["fl", "0.500 ± 0.000"], ["fedgin p=1", "0.500"], ["fedgin p=0.25", "0.500"]]
+    assert [row[:2] for row in cells(report)[2:5]] == shown
 
 
-def test_however_a_folder_is_written_it_is_the_same(config, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "ct_set").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "ct_set")
-    config = dataclasses.replace(config, ct=("ct_set",), mri=("other",))
-    opened(config).folder(FL).begin({}, CPU)
-    for same in ("ct_set/", "./ct_set", "link", str(tmp_path / "ct_set")):
-        assert opened(dataclasses.replace(config, ct=(same,))).id == opened(config).id
-    told = refused(dataclasses.replace(config, ct=("elsewhere",)))
-    assert f"ct {tmp_path}/ct_set, now {tmp_path}/elsewhere" in told
+# -------------------------------------------------------------------------------- what is damaged
 
 
-def test_another_place_and_cache_do_not_matter(config, tmp_path):
-    train(opened(config).folder(FL))
-    (tmp_path / "out").rename(tmp_path / "moved")
-    changes = {"out": str(tmp_path / "moved"), "cache": "elsewhere", "no_cache": True}
-    run = opened(dataclasses.replace(config, **changes))
-    assert run.unfinished([FL, FEDGIN]) == [FEDGIN]
-    assert run.folder(FL).scores()[0]["dice"] == 0.5
-
-
-# ------------------------------------------------------------------------------- what is damaged
+def look(run):
+    """All that a start, its trainings and its tables read."""
+    opened(run.config)
+    for training in (FL, FEDGIN):
+        run.folder(training).checkpoint()
+    run.report()
 
 
 @pytest.mark.parametrize(
-    "name", ["config.json", "hospitals/mri-seed1.json", "fl-seed1/training.json"]
-)
-def test_a_damaged_file_is_named(name, config):
-    run = opened(config)
-    train(run.folder(FL))
-    path = run.out / name
-    whole = path.read_bytes()
-    for content in (b"junk", b"", b"\xff\xfe", whole[: len(whole) // 2], b"[]", b"3", b"null"):
-        path.write_bytes(content)
-        with pytest.raises(DataError) as caught:
-            opened(config).report([])
-        assert str(caught.value).startswith(f"{path}: cannot be read (")
-        assert len(str(caught.value).splitlines()) == 1
-        assert path.read_bytes() == content
-    path.write_bytes(whole)
-    assert opened(config).unfinished([FL]) == []
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
+    "name",
     [
-        ("hospitals/mri-seed1.json", {}),
-        ("hospitals/mri-seed1.json", {"hospital": "mri"}),
-        ("hospitals/mri-seed1.json", {"hospital": "mri", "files": 3}),
-        ("hospitals/mri-seed1.json", {"hospital": "mri", "files": {}}),
-        ("fl-seed1/training.json", {}),
-        ("fl-seed1/training.json", {"training": {"seed": 1}}),
-        ("fl-seed1/training.json", {"training": {"seed": 1, "arm": "fl", "lr": 1}}),
-        ("fl-seed1/training.json", {"training": {"seed": 2, "arm": "fl"}}),
-        ("fl-seed1/training.json", {"training": {"seed": 1, "arm": "fedsgd"}}),
+        *("config.json", "cases-seed1.json", "fl-seed1/training.json", "fl-seed1/scores.json"),
+        *("fl-seed1/model.pt", "fedgin-p1-seed1/checkpoint.pt"),
     ],
 )
-def test_a_file_of_another_form_is_named(name, content, config):
-    run = opened(config)
-    run.folder(FL).begin({}, CPU)
-    (run.out / name).write_text(json.dumps(content))
-    told = refused(config)
-    assert told.startswith(f"{run.out / name}: is not as this program left it (")
-    assert told.endswith("; choose another --out")
+def test_a_damaged_file_is_named(name, kept):
+    look(kept)
+    path, whole = kept.out / name, (kept.out / name).read_bytes()
+    for content in (b"junk", b"", b"\xff\xfe", whole[: len(whole) // 2], b"[]", b"null", None):
+        path.unlink()
+        path.mkdir() if content is None else path.write_bytes(content)
+        with pytest.raises(DataError) as caught:
+            look(kept)
+        assert str(caught.value).startswith(f"{path}: cannot be read (")
+        assert len(str(caught.value).splitlines()) == 1
+        assert content is None or path.read_bytes() == content
 
 
-def test_a_folder_that_was_renamed_is_named(config):
-    run = opened(config)
-    train(run.folder(FL))
-    run.folder(FL).path.rename(run.out / "my-favourite")
-    with pytest.raises(DataError, match="my-favourite/training.json: is not as this program left"):
-        run.report([])
+def put(**changes):
+    """Changes of a file's content; None: without the key."""
+    return lambda kept: {k: v for k, v in {**kept, **changes}.items() if v is not None}
+
+
+OTHER_FORMS = [
+    ("checkpoint.pt", put(weights=None), "'weights'"),
+    ("checkpoint.pt", lambda content: [], "list indices"),
+    ("checkpoint.pt", put(history=[1]), "must be a mapping"),
+    ("model.pt", put(best_dice=None), "'best_dice'"),
+    ("model.pt", put(history=[{"round": 1}]), "required positional argument"),
+    ("training.json", put(training=None), "'training'"),
+    ("training.json", put(training={"seed": 1}), "missing 1 required"),
+    ("training.json", put(training={"seed": 1, "arm": "fl", "lr": 1}), "unexpected keyword"),
+    ("training.json", put(training={"seed": 2, "arm": "fl"}), "belongs to a folder fl-seed2"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "what"), OTHER_FORMS)
+def test_a_file_of_another_form_is_named(name, change, what, kept):
+    path = kept.folder(FEDGIN if name == "checkpoint.pt" else FL).path / name
+    if path.suffix == ".pt":
+        torch.save(change(torch.load(path, weights_only=True)), path)
+    else:
+        path.write_bytes(files.to_json(change(read(path))))
+    with pytest.raises(DataError, match=f"^{path}: cannot be read .*{what}"):
+        look(kept)
+
+
+@pytest.mark.parametrize(("folder", "arm"), [("fl-seed1 (copy)", "fl"), ("sgd-seed1", "sgd")])
+def test_a_copy_or_an_arm_that_is_unknown_is_named(folder, arm, run):
+    """The one would count twice, the other nowhere."""
+    path = run.out / folder / "training.json"
+    files.write(path, files.to_json({"training": {"seed": 1, "arm": arm}}))
+    for use in (run.report, lambda: opened(run.config)):
+        with pytest.raises(DataError) as caught:
+            use()
+        assert str(caught.value).startswith(f"{path}: cannot be read (")
+
+
+# --------------------------------------------------------------------------------- older versions
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"made by": "fedgin.py", "format": 3, "rounds": 20},  # version 2
+        {"gin_probability": [1.0], "rounds": 20},  # version 1
+        {"name": "of something else"},
+    ],
+)
+def test_a_run_of_another_version_is_refused_in_a_sentence(content, config):
+    path = Path(config.out) / "config.json"
+    files.write(path, files.to_json(content))
+    what = "is not of a run of version 3; finish an older run with its own version"
+    assert refused(config) == f"config.json: {what}, or choose another --out"
+    assert read(path) == content
+    assert names(path.parent) == ["config.json"]
+
+
+def test_a_model_of_version_2_still_predicts(tmp_path, ct_folder):
+    """With what version 2.0.0 wrote into it."""
+    torch.manual_seed(1)
+    weights = UNet3D(1, 3, 2, 2).state_dict()
+    model = {"organs": ORGANS, "spacing": 9.0, "patch": 16, "width": 2, "depth": 2}
+    model |= {"normalization": {"ct": (-160.0, 240.0), "mri": (0.5, 99.5)}, "phantoms": True}
+    done = {"round": 2, "losses": {"mri": 2.9}, "val_dice": {"mri": 0.03}, "seconds": 2.0}
+    content = {"run": "c4c3432ab390e346", "arm": "fl 1:1", "seed": 1, "model": model, "round": 2}
+    content |= {"best": {"val_dice": 0.04, "round": 2, "weights": None}, "history": [done]}
+    torch.save({**content, "weights": weights}, tmp_path / "model.pt")
+    assert_equal(load_model(tmp_path / "model.pt", CPU)[0].state_dict(), weights)
+    scan = next(ct_folder.rglob("ct.nii.gz"))
+    args = ["--checkpoint", tmp_path / "model.pt", "--images", scan, "--out", tmp_path / "out"]
+    assert predict.main([str(arg) for arg in args]) == 0
+    assert (tmp_path / f"out/{scan.parent.name}.nii.gz").is_file()
 
 
 # --------------------------------------------------------------------------------- steps, and runs
 
 
-@pytest.mark.slow
-def test_steps_are_the_batches_and_cases_that_a_training_asks_for(tmp_path):
-    """Counted as they pass, from round 1 of 3 on; by hand from the start and within the test."""
-    config = Config(
-        rounds=3,
-        local_steps=2,
-        val_every=2,
-        width=2,
-        depth=2,
-        arms=("fl", "centralized"),
-        out=str(tmp_path / "out"),
-    )
-    by_seed, _ = load_hospitals(config)
-    few = [h._replace(train=h.train[:6], val=h.val[:2], test=h.test[:2]) for h in by_seed[42]]
-    by_seed = {42: few}
-    trainings_ = fedgin.plan(config)
-    assert [t.arm for t in trainings_] == ["fl", "centralized"]
-    run = RunFolder(config, list(fedgin.ARMS))
-    run.open([])
-
-    def counted(*wanted):
-        chosen = {t: fedgin.choose_cases(config, t, few) for t in wanted}
-        return run.count_steps(chosen, by_seed)
-
-    # 3 rounds of 2 batches at 2 hospitals, validation of 4 cases in rounds 2 and 3, 6 test cases
-    assert [counted(t) for t in trainings_] == [3 * 2 * 2 + 2 * 4 + 6] * 2
-    assert counted(*trainings_) == 52
-    for training in trainings_:
-        folder = run.folder(training)
-        folder.begin({}, CPU)
-        clients = fedgin.make_clients(config, training, few)
-        first = next(fedgin.train_arm(config, training, clients, []))
-        folder.keep_round(first)
-        expected = counted(training)
-        assert expected == 26 - 4
-        with Progress(expected) as progress:
-            fedgin.run_training(folder, few, CPU, progress)
-        assert progress.done == expected
-        assert folder.is_finished()
-    stopped = run.folder(dataclasses.replace(trainings_[0], arm="mri-only", ratio=""))
-    stopped.begin({}, CPU)
-    stopped.keep_model(checkpoint(3))
-    assert counted(stopped.training) == 6
-    scored = {organ: {"outcome": "absent"} for organ in config.organs}
-    for hospital in few:
-        stopped.keep_scores(hospital, hospital.test[0], scored)
-    assert counted(stopped.training) == 3
-
-
-TINY = ["--rounds", "2", "--local-steps", "1", "--batch-size", "1", "--patch", "32"]
-TINY += ["--width", "2", "--depth", "2", "--arms", "mri-only"]
+TINY = ["--rounds", "2", "--local-steps", "1", "--batch-size", "1", "--patch", "16"]
+TINY += ["--width", "2", "--depth", "2", "--organs", "liver", "--arms", "mri-only"]
 
 
 def command(*args):
     return fedgin.main([*TINY, *map(str, args)])
 
 
-def contents(folder):
-    return {
-        path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()
-    }
+@pytest.fixture
+def few(monkeypatch):
+    """Phantoms that are few and small."""
+    large, parts = phantom.make_phantom, {"train": range(3), "val": [3], "test": [4]}
+    monkeypatch.setattr(hospitals, "PHANTOM_SPLITS", parts)
+    monkeypatch.setattr(phantom, "make_phantom", lambda *a: [x[::2, ::2, ::2] for x in large(*a)])
 
 
 @pytest.mark.slow
-def test_the_same_command_goes_on_and_others_are_refused(tmp_path, capsys):
-    out = tmp_path / "out"
-    assert command("--out", out) == 0
-    before = contents(out)
-    first = capsys.readouterr().out
-    assert command("--out", out) == 0  # nothing left to do
-    again = capsys.readouterr().out
-    assert again.startswith(f"{out}: 1 of 1 trainings finished, the last one on ")
-    assert again.split("\n\n", 1)[1] == first[first.index("## Test Dice") :]
-    assert contents(out) == before
-    assert command("--out", out, "--lr", "1e-3", "--width", "4") == 2
-    assert "other settings: lr 0.004, now 0.001; width 2, now 4." in capsys.readouterr().err
-    assert command("--out", out, "--sites", "2") == 2
-    assert "other settings: sites 1, now 2." in capsys.readouterr().err
-    hospitals = sorted(path.name for path in (out / "hospitals").iterdir())
-    assert hospitals == [f"{name}-seed42.json" for name in ("ct", "mri", "other-scanner")]
-    config = (out / "config.json").read_text()
-    (out / "config.json").write_text(config.replace('"format": 3', '"format": 0'))
-    assert command("--out", out) == 2
-    assert "other settings: format 0, now 3." in capsys.readouterr().err
-    (out / "config.json").write_text(config)
-    assert contents(out) == before
+def test_steps_are_the_batches_and_cases_that_a_training_asks_for(few, tmp_path):
+    """Counted as they pass, from round 1 of 3 on; by hand from the start and within the test."""
+    settings = {"rounds": 3, "local_steps": 2, "val_every": 2, "patch": 16, "width": 2, "depth": 2}
+    config = Config(**settings, arms=("fl", "centralized"), out=str(tmp_path))
+    everyone = load_hospitals(config)[0][42]
+    run = RunFolder(config, fedgin.plan(config), list(fedgin.ARMS))
+
+    def counted(folder):
+        chosen = fedgin.choose_cases(config, folder.training, everyone)
+        return count_steps(folder, chosen, everyone)
+
+    for folder in map(run.folder, run.trainings):
+        # 3 rounds of 2 batches at 2 hospitals, validation of 2 cases in rounds 2 and 3, 4 tests
+        assert counted(folder) == 3 * 2 * 2 + 2 * 2 + 4
+        clients = fedgin.make_clients(config, folder.training, everyone)
+        folder.keep_round(next(fedgin.train_arm(config, folder.training, clients, [])))
+        assert counted(folder) == 16
+        with Progress({folder.name: 16}) as progress:
+            fedgin.run_training(folder, everyone, CPU, progress)
+        assert progress.done == 16
+        assert folder.is_finished()
+    stopped = run.folder(Training(1, "mri-only"))
+    stopped.keep_round(checkpoint(3))
+    assert counted(stopped) == 4
+    scored = {organ: {"outcome": "absent"} for organ in config.organs}
+    stopped.keep_scores(everyone[0], everyone[0].test[0], scored)
+    assert counted(stopped) == 3
 
 
-@pytest.mark.slow
-def test_a_run_names_a_damaged_file(tmp_path, capsys):
+def test_a_start_reads_a_checkpoint_once(few, tmp_path, monkeypatch):
     assert command("--out", tmp_path) == 0
-    capsys.readouterr()
-    for name, message in (
-        ("mri-only-seed42/history.csv", "is missing, or not as it was when the training finished"),
-        ("mri-only-seed42/training.json", "cannot be read"),
-        ("config.json", "cannot be read"),
-    ):
-        whole = (tmp_path / name).read_bytes()
-        for content in (b"junk", whole[:100]):
-            (tmp_path / name).write_bytes(content)
-            assert command("--out", tmp_path) == 2
-            error = capsys.readouterr().err
-            assert error.startswith(f"fedgin.py: {tmp_path / name}: {message}")
-            assert len(error.splitlines()) == 1
-        (tmp_path / name).write_bytes(whole)
-    assert command("--out", tmp_path) == 0
+    folder = tmp_path / "mri-only-seed42"
+    (folder / "scores.json").unlink()  # it is tested again, and three others are trained
+    looked, read_pt = [], files.read_pt
+    monkeypatch.setattr(files, "read_pt", lambda path: looked.append(path) or read_pt(path))
+    for _ in range(2):
+        assert command("--arms", "fl", "--seeds", 42, 43, "--out", tmp_path) == 0
+    assert looked == [folder / "model.pt"]
+
+
+@pytest.mark.parametrize("error", [FULL, PermissionError(errno.EACCES, "Permission denied")])
+def test_a_folder_that_cannot_be_written_ends_in_a_line(error, few, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=error))
+    assert command("--out", tmp_path) == 1
+    what = f"{error.strerror}: '{tmp_path}/config.json'; the same command goes on"
+    assert capsys.readouterr().err == f"fedgin.py: the run failed: [Errno {error.errno}] {what}\n"
 
 
 @pytest.mark.slow
-def test_a_run_refuses_files_that_changed(tmp_path, mri_folder, ct_folder, capsys):
+def test_files_that_changed_are_refused_and_moved_ones_not(tmp_path, mri_folder, ct_folder, capsys):
     shutil.copytree(mri_folder, tmp_path / "mri")
-    args = ["--ct", ct_folder, "--mri", tmp_path / "mri", "--spacing", 12, "--depth", 2]
-    args += ["--out", tmp_path / "out"]
-    assert command(*args) == 0
-    more = [*args, "--seeds", 42, 43]
-    path = tmp_path / "mri/labelsTr/case_000.nii.gz"
-    os.utime(path, (1, 1))  # touched, and the same
-    assert command(*more) == 0
-    more.append(44)
-    path.write_bytes((path.parent / "case_001.nii.gz").read_bytes())
+    moved = tmp_path / "elsewhere/mri"
+    args = ["--ct", ct_folder, "--spacing", 12, "--out", tmp_path / "out", "--mri"]
+    assert command(*args, tmp_path / "mri") == 0
+    shutil.copytree(tmp_path / "mri", moved)  # with other times
+    assert command(*args, moved, "--seeds", 42, 43) == 0
+    labels = moved / "labelsTr/case_000.nii.gz"
+    labels.write_bytes(labels.with_name("case_001.nii.gz").read_bytes())
     capsys.readouterr()
-    assert command(*more) == 2
-    assert "files of mri have changed: case_000); choose another" in capsys.readouterr().err
+    for seeds in ((42, 44), (44,)):
+        assert command(*args, moved, "--seeds", *seeds) == 2
+        assert "json: was made with mri mri case_000 " in capsys.readouterr().err

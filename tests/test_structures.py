@@ -10,14 +10,13 @@ import torch
 from conftest import SPACING, save, write_amos, write_nnunet, write_totalsegmentator
 
 import fedgin
-from data import NORMALIZATION, normalize
-from scans.cache import entry_folder
-from scans.cases import load_case
-from scans.files import read_pt
+from data import NORMALIZATION
+from scans.files import DataError, read_pt
 from scans.layouts import find_cases
 from scans.organs import ORGANS
 from scans.phantom import make_phantom
-from scripts import check, predict
+from scripts import predict
+from study.inference import load_model
 
 WINDOW = (-500.0, 900.0)
 NAMES = ["Segment Left", "spleen_tip"]  # as they are asked for
@@ -102,40 +101,6 @@ def test_structures_are_predicted_in_all_layouts(layout, run, folders, tmp_path,
         np.testing.assert_allclose(image, (values - values.mean()) / values.std(), atol=1e-3)
 
 
-@pytest.mark.slow
-def test_a_structure_that_a_folder_lacks_is_refused_with_what_each_has(folders, tmp_path, capsys):
-    ct, mri = folders
-    words = ["--scenario", "complete", "--ct", str(ct), "--mri", str(mri), "--out"]
-    assert fedgin.main([*words, str(tmp_path / "out"), "--organs", "pancreas", "liver"]) == 2
-    error = capsys.readouterr().err
-    assert "not every folder labels pancreas (" in error
-    assert f"{mri}: L segment, Spleen-Tip, liver; " in error
-    assert "gallbladder, kidney_left, kidney_right, liver, pancreas, segment_left, spleen" in error
-    assert "; use --organs liver or --partial-labels" in error
-    assert error.count("\n") == 1
-
-
-def test_the_window_is_in_the_names_of_ct_entries_alone(folders, tmp_path):
-    for folder, differ in zip(folders, (True, False), strict=True):
-        case = find_cases(folder)[0]
-        names = [entry_folder(tmp_path, case, ORGANS, 9.0, w) for w in (WINDOW, (-160.0, 240.0))]
-        assert (names[0] != names[1]) == differ
-        assert names[1] == entry_folder(tmp_path, case, ORGANS, 9.0)
-
-
-@pytest.mark.parametrize("cached", [False, True])
-def test_a_case_is_clipped_to_the_window(cached, folders, tmp_path):
-    case = find_cases(folders[0])[0]
-    scan = make_phantom(1, "ct", 0)[0]
-    for window in ((-160.0, 240.0), WINDOW):
-        cache = tmp_path if cached else None
-        image = load_case(case, ORGANS, SPACING, cache, window).volume.image
-        clipped = scan.astype(np.float64).clip(*window)
-        expected = (clipped - clipped.mean()) / clipped.std()
-        np.testing.assert_allclose(image, expected, atol=1e-3)
-        np.testing.assert_array_equal(image, normalize(scan, "ct", window))
-
-
 @pytest.mark.parametrize(
     "normalization",
     [
@@ -149,29 +114,9 @@ def test_a_case_is_clipped_to_the_window(cached, folders, tmp_path):
         {**NORMALIZATION, "pet": (0.0, 1.0)},
     ],
 )
-def test_a_checkpoint_of_a_normalization_that_cannot_be_is_refused(normalization, tmp_path, capsys):
-    about = {"organs": ("liver",), "spacing": 9.0, "patch": 16, "width": 4, "depth": 3}
-    content = {"model": {**about, "normalization": normalization}, "weights": {}, "arm": "fl"}
-    torch.save(content, tmp_path / "model.pt")
-    args = ["--checkpoint", str(tmp_path / "model.pt"), "--images", str(tmp_path)]
-    assert predict.main([*args, "--out", str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err
-    assert "model.pt: is not as this program left it (" in error
-    assert error.count("\n") == 1
-
-
-def test_check_says_what_a_folder_lacks_and_what_lies_apart(tmp_path, capsys):
-    labels = {"background": 0, "liver": 6, "liver tumor": 8}
-    root = write_nnunet(tmp_path / "set", "mri", 2, labels=labels)
-    assert check.main([str(root)]) == 0
-    said = capsys.readouterr().out
-    assert "labels liver tumor apart from liver; such voxels count as background" in said
-    (root / "imagesTr/case_001_0000.nii.gz").unlink()
-    assert check.main([str(root)]) == 1
-    assert "case_001_0000.nii.gz: missing; the case cannot be used" in capsys.readouterr().out
-    dataset = json.loads((root / "dataset.json").read_text())
-    (root / "dataset.json").write_text(json.dumps({**dataset, "channel_names": {"0": "image"}}))
-    check.main([str(root)])
-    assert "is channel 'image' CT or MRI?" in capsys.readouterr().out
-    check.main([str(root), "--modality", "mri"])
-    assert "MRI: 1 of 2 cases usable" in capsys.readouterr().out
+def test_a_checkpoint_of_a_normalization_that_cannot_be_is_refused(normalization, tmp_path):
+    metadata = {"organs": ("liver",), "spacing": 9.0, "patch": 16, "width": 4, "depth": 3}
+    content = {"model": {**metadata, "normalization": normalization}, "weights": {}}
+    torch.save({**content, "arm": "fl", "seed": 1}, tmp_path / "model.pt")
+    with pytest.raises(DataError, match="model.pt: cannot be read "):
+        load_model(tmp_path / "model.pt", torch.device("cpu"))
