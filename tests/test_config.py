@@ -163,14 +163,14 @@ def test_a_flag_of_several_values_given_twice_adds_up(flag, first, second, kept)
     assert getattr(config, name.removeprefix("--").replace("-", "_")) == kept
 
 
-def test_flags_of_other_commands_given_twice_add_up(tmp_path, monkeypatch, capsys):
+def test_flags_of_other_commands_given_twice_add_up(monkeypatch, capsys):
     needed = ["--checkpoint", "model.pt", "--out", "out"]
     args = predict.parse([*needed, "--images", "A", "B", "--images", "C"])
     assert args.images == ["A", "B", "C"]
     asked = []
-    monkeypatch.setattr(check, "check_folder", lambda *args: asked.append(args) or (True, []))
+    monkeypatch.setattr(check, "run", asked.append)
     assert check.main(["A", "--organs", "aorta", "--organs", "liver", "spleen"]) == 0
-    assert asked == [("A", None, None, ["aorta", "liver", "spleen"])]
+    assert asked[0].organs == ["aorta", "liver", "spleen"]
     with pytest.raises(SystemExit):
         multisite.main(["--ct", "A", "--ct", "B"])
     assert "name this hospital's folder, and no other" in capsys.readouterr().err
