@@ -1,7 +1,9 @@
 """What the screen shows of a run, on a terminal and in a pipe, what ends it, and exit codes."""
 
 import io
+import itertools
 import os
+import re
 import signal
 import sys
 import threading
@@ -11,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 from federated import Client
 from scans.files import DataError
@@ -22,7 +25,6 @@ from study.console import (
     describe_hospitals,
     is_foreseen,
     run_command,
-    say,
     use_any_characters,
 )
 from study.hospitals import Hospital
@@ -80,12 +82,17 @@ def test_on_a_terminal_a_bar_moves_with_every_step(monkeypatch):
             run.show_round(done(mri=0.25, ct=0.5))
             list(run.watch(range(2), "testing"))
             assert (run.bar.n, run.bar.total) == (4, 4)
+        for name in (0, 1):
+            with run.attempt(name):
+                pass
     shown = [line for line in screen.getvalue().split("\r") if line.strip()]
     assert all(len(line.rstrip("\n")) <= 100 for line in shown)
     place = "training 1/12 (centralized+gin 1:5 p=0.5, seed 123), round 20/20 |"
     assert any(place in line for line in shown)
+    *_, last, after = itertools.takewhile(lambda line: "training 3" not in line, shown)
     for text in ("MRI 0.25, CT 0.50", "testing |", "00:00 left"):
-        assert text in shown[-1]
+        assert text in last
+    assert re.fullmatch(r"training 2/12 \(0\) \| +\| \? left *", after)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +172,7 @@ def test_what_fails_foreseeably_is_said_and_the_next_follows(capsys):
             with run.attempt(name):
                 if error:
                     raise error
-                say(run.name)
+                tqdm.write(run.name, file=sys.stderr)
     a, said, *others = capsys.readouterr().err.splitlines()
     assert (a, said) == ("FAILED: a: round 3, hospital mri: the loss is nan", "training 2 of 5 (b)")
     assert others == [f"FAILED: {name}: {errors[name]}" for name in "cde"]
