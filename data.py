@@ -56,7 +56,8 @@ def normalize(
     if modality == "mri":
         low, high = np.percentile(image, NORMALIZATION["mri"])
     image = image.clip(low, high)
-    return ((image - image.mean()) / max(float(image.std()), 1e-6)).astype(np.float32)
+    scale = max(float(image.std()), 1e-6 * max(-low, high)) or 1.0  # not the rounding of a constant
+    return ((image - image.mean()) / scale).astype(np.float32)
 
 
 def resample_image(voxels: np.ndarray, spacing: Sequence[float], target: float) -> np.ndarray:

@@ -11,6 +11,7 @@ Sliding window with Gaussian blending; Dice, HD95 and NSD in millimetres, by MON
 
 import itertools
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -174,7 +175,9 @@ def _surface_distances(
         np.argwhere(_surface(mask)) * np.asarray(spacing, dtype=float)
         for mask in (prediction[box], target[box])
     ]
-    return [cKDTree(b).query(a, workers=-1)[0] for a, b in (surfaces, surfaces[::-1])]
+    affinity = getattr(os, "sched_getaffinity", None)  # workers=-1 would be all of the machine
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return [cKDTree(b).query(a, workers=cores)[0] for a, b in (surfaces, surfaces[::-1])]
 
 
 def _surface(mask: np.ndarray) -> np.ndarray:

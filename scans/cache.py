@@ -70,6 +70,9 @@ def write_entry(folder: Path, volume: Volume, scan: Scan, target: np.ndarray) ->
 @contextlib.contextmanager
 def only_writer(cache: Path) -> Iterator[None]:
     """Wait until no other process writes to a cache, so that none makes an entry twice."""
+    if cache.is_dir() and not os.access(cache, os.W_OK):
+        yield  # it can be read, and nobody here can write to it
+        return
     with lock(cache / "lock") as held:
         if held:
             for left in cache.glob(f"{MAKING}*"):  # by a process that was killed

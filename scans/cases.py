@@ -15,7 +15,7 @@ from scans.files import DataError, read_json, reading
 from scans.layouts import Case
 from scans.machine import in_parallel, is_out_of_memory
 from scans.nifti import Scan, read_nifti
-from scans.values import judge_labels, judge_values
+from scans.values import judge_labels, judge_organs, judge_values
 
 
 class PreparedCase(NamedTuple):
@@ -47,7 +47,7 @@ class Volumes(Sequence):
 
 
 def read_case(
-    case: Case, organs: Sequence[str]
+    case: Case, organs: Sequence[str], ct_window: tuple[float, float] = NORMALIZATION["ct"]
 ) -> tuple[Scan | None, np.ndarray, list[str], list[str]]:
     """Read a scan and its labels (uint8: 0 background, then the organs from 1; both canonical).
 
@@ -57,12 +57,12 @@ def read_case(
     """
     errors: list[str] = []
     warnings: list[str] = []
-    scan, labels = None, np.zeros(0, dtype=np.uint8)
+    scan, labels, drawn = None, np.zeros(0, dtype=np.uint8), [0] * (len(organs) + 1)
     try:
         scan = read_nifti(case.image)
         labels = np.zeros(scan.voxels.shape, dtype=np.uint8)
         warnings += scan.warnings
-        warnings += judge_values(case, scan)
+        warnings += judge_values(case, scan, ct_window)
     except DataError as error:
         errors.append(str(error))
     for path, wanted in case.label_files(organs).items():
@@ -73,14 +73,19 @@ def read_case(
                 for label, values in wanted:
                     hit = np.isin(np.rint(mask.voxels), values) if values else mask.voxels > 0.5
                     labels[hit] = label
+                    drawn[label] += np.count_nonzero(hit)
         except DataError as error:
             errors.append(str(error))
+    if scan is not None:
+        warnings += judge_organs(case, scan, labels, organs, drawn)
     return scan, labels, errors, warnings
 
 
-def read_usable(case: Case, organs: Sequence[str]) -> tuple[Scan, np.ndarray]:
+def read_usable(
+    case: Case, organs: Sequence[str], ct_window: tuple[float, float] = NORMALIZATION["ct"]
+) -> tuple[Scan, np.ndarray]:
     """A scan, with all warnings of its case, and its labels; raises DataError for a bad case."""
-    scan, labels, errors, warnings = read_case(case, organs)
+    scan, labels, errors, warnings = read_case(case, organs, ct_window)
     if errors or scan is None:
         raise DataError("\n".join(errors))
     return scan._replace(warnings=warnings), labels
@@ -126,7 +131,7 @@ def preprocess(
     """Write a case's entry, unless it is there; return what keeps it from being used, or ""."""
     try:
         if not folder.exists():
-            scan, target = read_usable(case, organs)
+            scan, target = read_usable(case, organs, ct_window)
             image = to_model_grid(scan.voxels, scan.spacing, case.modality, spacing, ct_window)
             one_hot = (torch.from_numpy(target == n).float() for n in range(len(organs) + 1))
             labels = resample_labels(one_hot, image.shape)

@@ -9,6 +9,7 @@ import hashlib
 import io
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from scans.organs import AMOS, ORGANS, check_apart, match, spelling
 
 MODALITIES = ("ct", "mri")
 SPLITS = ("train", "val", "test")
-KIDNEYS = {"kidney_left", "kidney_right"}
+ADVICE = "without the file, a split is made by seed"
 
 # organ → the files that hold it, each with the label values that mean it; no values: any > 0.5
 Masks = dict[str, list[tuple[Path, tuple[int, ...]]]]
@@ -75,7 +76,7 @@ def find_cases(
             "sNNNN/mri.nii.gz (TotalSegmentator), imagesTr/amos_NNNN.nii.gz (AMOS22), or "
             "dataset.json with imagesTr/ and labelsTr/ (nnU-Net raw); DICOM must be converted first"
         )
-    [cases] = found.values()
+    [(name, cases)] = found.items()
     cases = sorted(cases, key=lambda case: (case.id, case.modality))
     kept = [case for case in cases if modality in (None, case.modality)]
     if not kept:
@@ -84,26 +85,44 @@ def find_cases(
     twice = [id_ for (id_, _), n in ids.items() if n > 1]
     if twice:
         raise DataError(f"{root}: two cases have the id {twice[0]}; rename or remove one of them")
-    return kept
+    splits, warnings = read_splits(root, {case.id for case in kept}, name == "totalsegmentator")
+    more = (*warnings, *_warn_of_unread(root, cases))
+    return [c._replace(split=splits.get(c.id, c.split), warnings=c.warnings + more) for c in kept]
+
+
+def _warn_of_unread(root: Path, cases: Sequence[Case]) -> list[str]:
+    """Warnings of what lies beside the cases of a folder and is not read."""
+    warnings = []
+    if (root / "splits_final.json").exists():
+        warnings.append(f"{root}/splits_final.json: not read; a meta.csv gives the split")
+    maps = [case for case in cases if case.values]
+    used = {f for case in maps for f in (case.image, *case.label_files(tuple(case.masks)))}
+    there = [f for folder in {f.parent for f in used} for f in names_in(folder).values()]
+    odd = sorted(f for f in there if ".nii" in f.name.lower() and f not in used)
+    if odd:
+        warnings.append(f"{listed(odd)}: not read, because the layout has no such names")
+    return warnings
 
 
 def _totalsegmentator(root: Path, organs: Sequence[str], modality: str | None) -> Iterator[Case]:
     folders = names_in(root)
     scans = _totalsegmentator_scans(folders)
-    splits = read_splits(root, {id_ for id_, _ in scans}) if scans else {}
     files = {id_: names_in(folders[id_] / "segmentations") for id_, _ in scans}
     names = {name for own in files.values() for name in own if name.endswith(".nii.gz")}
     labelled = {name.removesuffix(".nii.gz") for name in names}
-    if labelled & KIDNEYS:
-        labelled |= KIDNEYS
+    odd = [f for own in files.values() for f in own.values() if f.suffix == ".nii"]
+    whole = "segmentations.nii*"  # all organs in a file, which TotalSegmentator can write
+    odd += [f for id_, own in files.items() if not own for f in folders[id_].glob(whole)]
+    what = "not read, because masks are sNNNN/segmentations/<organ>.nii.gz"
+    warnings = (f"{listed(odd)}: {what}",) if odd else ()
     found = match(organs, sorted(labelled))
     check_apart(root, dict.fromkeys(labelled, ()), found)
     wanted = {o: [f"{name}.nii.gz" for name in found[o]] for o in found}
     for id_, kind in scans:
         image, folder = folders[id_] / f"{kind}.nii.gz", folders[id_] / "segmentations"
-        own, split = files[id_], splits.get(id_, "")
+        own, structures = files[id_], tuple(sorted(labelled))
         masks: Masks = {o: [(own.get(f, folder / f), ()) for f in wanted[o]] for o in wanted}
-        yield Case(str(root), id_, kind, split, image, masks, (), tuple(sorted(labelled)))
+        yield Case(str(root), id_, kind, "", image, masks, (), structures, warnings)
 
 
 def _totalsegmentator_scans(folders: Mapping[str, Path]) -> list[tuple[str, str]]:
@@ -154,9 +173,10 @@ def _nnunet(root: Path, organs: Sequence[str], modality: str | None) -> Iterator
     kind = nnunet.modality_of(file, channels, modality)
     values = {name: v for name, v in labels.items() if spelling(name) != "background"}
     check_apart(file, values, match(organs, values))
-    known = sum(labels.values(), ())
-    warnings = tuple(f"{file}: {warning}" for warning in nnunet.warn_of_parts(values, organs))
-    for id_, (image, label_file) in nnunet.find_files(root, ending).items():
+    known, files = sum(labels.values(), ()), nnunet.find_files(root, ending)
+    unlikely = nnunet.warn_of_parts(values, organs) + nnunet.warn_of_lists(file, len(files))
+    warnings = tuple(f"{file}: {warning}" for warning in unlikely)
+    for id_, (image, label_file) in files.items():
         masks = _label_map(label_file, values, organs)
         yield Case(str(root), id_, kind, "", image, masks, known, tuple(values), warnings)
 
@@ -164,29 +184,36 @@ def _nnunet(root: Path, organs: Sequence[str], modality: str | None) -> Iterator
 LAYOUTS = {"totalsegmentator": _totalsegmentator, "amos": _amos, "nnunet": _nnunet}
 
 
-def read_splits(root: Path, ids: Collection[str]) -> dict[str, str]:
-    """{id: split} by the table meta.csv beside the scans; empty without one.
+def read_splits(
+    root: Path, ids: Collection[str], is_usual: bool
+) -> tuple[dict[str, str], list[str]]:
+    """{id: split} by the table meta.csv beside the scans, empty without one, and warnings.
 
     Raises DataError where the split of a case cannot be told, because a case that is meant for the
-    test would be trained on.
+    test would be trained on. Unless the layout usually has such a table, one without the two
+    columns is somebody else's.
     """
     files = [path for name, path in names_in(root).items() if name.lower() == "meta.csv"]
-    rows = [row for file in files for row in _read_rows(file)]
+    tables = {file: _read_rows(file) for file in files}
+    foreign = [file for file, rows in tables.items() if rows is None]
+    if foreign and is_usual:
+        raise DataError(f"{foreign[0]}: has no columns image_id and split; {ADVICE}")
+    warnings = [f"{f}: not read, because it has no columns image_id and split" for f in foreign]
+    rows = [row for rows in tables.values() for row in rows or ()]
     if not any(split for _, split in rows):
-        return {}
+        return {}, warnings
     keys, split_of = {id_: _spelling(id_) for id_ in sorted(ids)}, dict(rows)
     n_rows, n_scans = Counter(key for key, _ in rows), Counter(keys.values())
     unclear = {key for key in n_scans if n_rows[key] != 1 or split_of[key] not in SPLITS}
     wrong = [id_ for id_, key in keys.items() if key in unclear or n_scans[key] > 1]
     if wrong:
         what = "must name each scan in one row, with the split train, val or test, but does not"
-        advice = "without the file, a split is made by seed"
-        raise DataError(f"{files[0]}: {what} for {listed(wrong)}; {advice}")
-    return {id_: split_of[key] for id_, key in keys.items()}
+        raise DataError(f"{files[0]}: {what} for {listed(wrong)}; {ADVICE}")
+    return {id_: split_of[key] for id_, key in keys.items()}, warnings
 
 
-def _read_rows(file: Path) -> list[tuple[str, str]]:
-    """The id, in one spelling, and the split of each row."""
+def _read_rows(file: Path) -> list[tuple[str, str]] | None:
+    """The id, in one spelling, and the split of each row; None without these columns."""
     with reading(file):
         text = file.read_text(encoding="utf-8-sig", errors="replace").lower()
         delimiter = max(";,\t", key=text.partition("\n")[0].count)
@@ -194,13 +221,14 @@ def _read_rows(file: Path) -> list[tuple[str, str]]:
         rows = csv.DictReader(io.StringIO(text), delimiter=delimiter, strict=True, restval="")
         rows.fieldnames = [name.strip() for name in rows.fieldnames or ()]
         if not {"image_id", "split"} <= set(rows.fieldnames):
-            raise ValueError("it has no columns image_id and split")
+            return None
         return [(_spelling(row["image_id"]), row["split"].strip()) for row in rows]
 
 
 def _spelling(id_: str) -> str:
     """The form that all spellings of an id share: "s1003" for 1003, S1003 and s1003.nii.gz."""
-    name = id_.strip().lower().removesuffix(".gz").removesuffix(".nii")
+    name = unicodedata.normalize("NFC", id_.strip().lower())
+    name = name.removesuffix(".gz").removesuffix(".nii")
     number = re.fullmatch(r"s?0*(\d+)", name)
     return f"s{number[1]}" if number else name
 

@@ -17,35 +17,41 @@ WANTING = re.compile(  # what a RuntimeError says
     r"|out of memory|STATUS_ALLOC_FAILED"  # CUDA; cuBLAS and cuDNN
     # cuDNN's search for a plan passes over those that find no memory, until none is left.
     r"|(FIND|GET) was unable to find an engine"
+    r"|can't start new thread"  # a limit of memory or of processes
+)
+CGROUPS = (  # by version: its line in /proc/self/cgroup, and where its limit and use stand
+    (r"^0::(.*)$", "", "max", "current"),
+    (r"^\d+:memory:(.*)$", "memory", "limit_in_bytes", "usage_in_bytes"),
 )
 LARGE_SCAN = 4e9  # bytes that preprocessing 512 × 512 × 600 voxels takes, 24 a voxel
 
 
 def free_memory(root: Path = Path("/")) -> float:
-    """Bytes that may still be taken, by the machine and by the limits (cgroup v2) on this process.
+    """Bytes that may still be taken, by the machine and by the limits (cgroups) on this process.
 
     Infinite where neither is known. Files that the system keeps in memory count as free.
     """
-    free = [math.inf]
+    free, groups = [math.inf], ""
     with contextlib.suppress(OSError, TypeError):
         kilobytes = re.search(r"MemAvailable: *(\d+)", (root / "proc/meminfo").read_text())
         free.append(1024 * int(kilobytes[1]))  # type: ignore[index]
     with contextlib.suppress(OSError):
-        name = (root / "proc/self/cgroup").read_text().rpartition("0::/")[2].strip()
-        group, top = root / "sys/fs/cgroup" / name, root / "sys/fs/cgroup"
-        for folder in (group, *group.parents):
-            with contextlib.suppress(OSError, ValueError, TypeError):  # "max": there is no limit
-                limit = int((folder / "memory.max").read_text())
-                files = re.search(r"inactive_file (\d+)", (folder / "memory.stat").read_text())
-                used = int((folder / "memory.current").read_text())
-                free.append(limit - used + int(files[1]))  # type: ignore[index]
-            if folder == top:
-                break
+        groups = (root / "proc/self/cgroup").read_text()
+    for line, place, limit, used in CGROUPS:
+        top = root / "sys/fs/cgroup" / place
+        for name in re.findall(line, groups, re.MULTILINE):
+            for folder in (top / name.strip("/"), *(top / name.strip("/")).parents):
+                with contextlib.suppress(OSError, ValueError, TypeError):  # "max": no limit
+                    files = re.search(r"inactive_file (\d+)", (folder / "memory.stat").read_text())
+                    taken = int((folder / f"memory.{used}").read_text()) - int(files[1])  # type: ignore[index]
+                    free.append(int((folder / f"memory.{limit}").read_text()) - taken)
+                if folder == top:
+                    break
     return min(free)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True if the error means out of memory; for a GPU's, PyTorch has more than one exception."""
+    """True if the error means out of memory or threads, of which PyTorch has several exceptions."""
     if isinstance(error, RuntimeError):
         return WANTING.search(str(error)) is not None
     return isinstance(error, MemoryError)

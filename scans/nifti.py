@@ -25,6 +25,11 @@ GEOMETRY = (  # fields of a header
     *("qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z"),
 )
 LONGEST, SHORTEST = 4000, 20  # mm of a scan's longest side; a file in metres is below
+FOREIGN = {  # how other files begin that stand in a scan's place, and what they are
+    GZIP: "it was compressed by gzip twice; `gunzip` it once",
+    b"version https://git-lfs": "it is a Git LFS pointer, not the file; `git lfs pull` fetches it",
+    b"<": "it is a web page, not a NIfTI file; download it again",
+}
 SHEAR = 0.01  # cosine between two axes; more is no rounding
 SILENT = logging.Logger("silent", logging.CRITICAL + 1)  # for what nibabel mends
 
@@ -35,8 +40,7 @@ class Scan(NamedTuple):
     voxels: np.ndarray  # (R, A, S) float32
     spacing: tuple[float, ...]  # mm
     affine: np.ndarray  # from voxels to mm
-    header: nibabel.Nifti1Header  # of the file, as its affine
-    file_affine: np.ndarray
+    header: nibabel.Nifti1Header  # of the file
     warnings: list[str]  # what may be wrong with it
 
 
@@ -46,11 +50,11 @@ def read_nifti(path: Path) -> Scan:
     Every byte is read and, in a .gz, checked against its CRC: nibabel stops where the voxels end,
     before the CRC.
     """
-    if not path.exists():
-        raise DataError(f"{path}: is missing")
-    if not path.is_file():  # a pipe would keep its reader waiting for ever
-        raise DataError(f"{path}: is not a file but a folder, a pipe or a device")
-    with reading(path):
+    with reading(path), np.errstate(all="ignore"):  # what is not finite is found below
+        if not path.exists():
+            raise DataError(f"{path}: is missing")
+        if not path.is_file():  # a pipe would keep its reader waiting for ever
+            raise DataError(f"{path}: is not a file but a folder, a pipe or a device")
         content = path.read_bytes()
         if content[:2] == GZIP:
             content = gzip.decompress(content)
@@ -61,19 +65,19 @@ def read_nifti(path: Path) -> Scan:
         if n_odd:
             raise ValueError(f"it has {n_odd} voxels that are NaN or infinite")
     spacing = tuple(voxel_sizes(canonical.affine).tolist())
-    warnings = _header_warnings(file)
-    return Scan(voxels, spacing, canonical.affine, file.header, file.affine, warnings)
+    return Scan(voxels, spacing, canonical.affine, file.header, _header_warnings(file))
 
 
 def _parse(content: bytes) -> nibabel.Nifti1Image:
     """The image of a NIfTI file; raises ValueError for a header that no 3D scan of a person has."""
     kinds = [k for k in KINDS if k.header_class.may_contain_header(content[:540])]
     if not kinds:
-        raise ValueError("it is truncated, or not a NIfTI file")
+        known = [text for start, text in FOREIGN.items() if content[:99].lstrip().startswith(start)]
+        raise ValueError(known[0] if known else "it is truncated, or not a NIfTI file")
     header = kinds[0].header_class(content[: kinds[0].header_class.sizeof_hdr], check=False)
     pixdim = header["pixdim"][1:4].tolist()
-    if not all(math.isfinite(mm) and mm > 0 for mm in pixdim):  # nibabel mends a 0
-        raise ValueError(f"voxel size {pixdim} mm is not positive")
+    if not all(math.isfinite(mm) and mm != 0 for mm in pixdim):  # nibabel would mend a 0
+        raise ValueError(f"voxel size {pixdim} mm is zero or not finite")
     header.check_fix(SILENT)
     shape, dtype = header.get_data_shape(), header.get_data_dtype()
     if len(shape) < 3 or min(shape) < 1 or math.prod(shape) != math.prod(shape[:3]):
@@ -93,16 +97,25 @@ def _parse(content: bytes) -> nibabel.Nifti1Image:
 
 
 def _header_warnings(file: nibabel.Nifti1Image) -> list[str]:
-    warnings = []
-    (sform, s_code), (qform, q_code) = file.get_sform(coded=True), file.get_qform(coded=True)
-    if s_code > 0 and q_code > 0 and corners_apart(sform, qform, file.shape[:3]):
+    warnings, apart = [], False
+    s_code, q_code = (int(file.header[key]) for key in ("sform_code", "qform_code"))
+    if s_code > 0 and q_code > 0:
+        try:
+            apart = corners_apart(file.affine, file.get_qform(), file.shape[:3])
+        except ValueError:  # a qform that is no rotation
+            apart = True
+    if apart:
         warnings.append("its sform and qform put it at different places; the sform is used")
     if s_code <= 0 and q_code <= 0:
         warnings.append(
             "its header does not say where left and right are (sform and qform have code 0); its "
             "axes are taken for left, anterior, superior"
         )
-    axes = file.affine[:3, :3] / voxel_sizes(file.affine)
+    pixdim, sizes = file.header["pixdim"][1:4], voxel_sizes(file.affine)
+    if (abs(pixdim - sizes) > 0.01 * sizes).any():
+        stated, used = (" × ".join(f"{mm:.4g}" for mm in three) for three in (pixdim, sizes))
+        warnings.append(f"its voxel sizes are {stated} mm by pixdim, {used} mm by the affine used")
+    axes = file.affine[:3, :3] / sizes
     cosine = abs(axes.T @ axes - np.eye(3)).max()
     if cosine > SHEAR:
         angle = math.degrees(math.acos(cosine))
@@ -125,7 +138,7 @@ def to_nifti(labels: np.ndarray, scan: Scan) -> bytes:
     labels: (R, A, S), as scan.voxels. Of the scan's header only its geometry is taken, because the
     rest may tell who the patient is.
     """
-    own = nibabel.orientations.io_orientation(scan.file_affine)
+    own = nibabel.orientations.io_orientation(scan.header.get_best_affine())
     turn = nibabel.orientations.ornt_transform(np.array([[0, 1], [1, 1], [2, 1]]), own)
     turned = nibabel.orientations.apply_orientation(labels, turn).astype(np.uint8)
     header = nibabel.Nifti1Header()

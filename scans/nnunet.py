@@ -1,5 +1,6 @@
 """nnU-Net's raw layout: what its dataset.json says, and which cases there are."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from scans.organs import match, spelling
 WORDS = {"ct": ("ct",), "neither": ("pet", "suv", "spect", "ultraso", "xray")}
 WORDS["mri"] = ("mr", "t1", "t2", "pd", "flair", "dwi", "adc", "dixon", "stir", "spir", "haste")
 WORDS["mri"] += ("vibe", "gre", "ssfp", "trufi", "water", "fat", "inphase", "outphase", "opposed")
+CASES = "the cases are those in imagesTr and labelsTr"
 PARTS = ("tumor", "tumour", "lesion", "cyst", "cancer")  # in names of what lies within an organ
 
 
@@ -75,3 +77,18 @@ def warn_of_parts(values: Mapping[str, tuple[int, ...]], organs: Sequence[str]) 
         return []
     what = f"labels {', '.join(apart)} apart from the organs, where such voxels count as background"
     return [f"{what}; {{'liver': [1, 2]}} makes label 2 part of the liver"]
+
+
+def warn_of_lists(file: Path, n_cases: int) -> list[str]:
+    """Warnings of what a dataset.json says of its cases: they are those that are in the folders."""
+    dataset, root = read_json(file), file.parent
+    folders = [(root / name).resolve() for name in ("imagesTr", "labelsTr")]
+    text = json.dumps(dataset.get("training"), ensure_ascii=False)
+    paths = [(root / path).resolve() for path in re.findall(r'[^"]+\.nii[^"]*', text)]
+    lists = ["dataset"] if dataset.get("dataset") else []
+    lists += ["training"] if any(path.parent not in folders for path in paths) else []
+    warnings = [f"its list {name!r} is not read; {CASES}" for name in lists]
+    n = dataset.get("numTraining")
+    if isinstance(n, int) and n < n_cases:
+        warnings.append(f"numTraining is {n}, but {n_cases} cases are here, and all are read")
+    return warnings

@@ -6,6 +6,7 @@ Kidney_L, "left kidney" and kidney_left are one.
 
 import re
 import shlex
+import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -26,7 +27,7 @@ NO_STRUCTURES = ("background", "ignore")
 def spelling(name: str) -> str:
     """The form that all spellings of a name share: "kidneyleft" for Kidney_L; may be empty."""
     stem = sides = ""
-    for word in re.findall(r"[^\W_]+", name.casefold()):
+    for word in re.findall(r"[^\W_]+", unicodedata.normalize("NFC", name).casefold()):
         word = SIDES.get(word, word)
         before, middle, after = re.findall("^(left|right)?(.*?)(left|right)?$", word)[0]
         stem, sides = stem + middle, sides + before + after
@@ -44,8 +45,9 @@ def match(organs: Iterable[str], structures: Iterable[str]) -> dict[str, list[st
     found = {}
     for organ in organs:
         wanted = {spelling(organ)}
-        if wanted == {"kidney"}:
-            wanted |= {"kidneyleft", "kidneyright"}
+        both = {"kidneyleft", "kidneyright"}
+        if wanted == {"kidney"} and both.issubset(forms.values()):  # of one, the other is unknown
+            wanted |= both
         names = [structure for structure, form in forms.items() if form in wanted]
         if names:
             found[organ] = names
@@ -67,6 +69,7 @@ def check_organs(
         raise DataError(f"{idle[0]}: labels none of {', '.join(organs)} ({held}); leave it out")
     usable = [organ for organ in organs if organ in (some if partial else common)]
     lacking = [organ for organ in organs if organ not in usable]
+    lacking = [f"{o} (left and right)" if spelling(o) == "kidney" else o for o in lacking]
     if lacking:
         advice = [f"--organs {shlex.join(usable)}"] if usable else []
         if some.issuperset(organs):

@@ -7,6 +7,7 @@ Exit code 1 if a case cannot be used.
 
 import argparse
 import sys
+import zlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,17 +18,20 @@ from scans.layouts import LAYOUTS, MODALITIES, Case, find_cases
 from scans.machine import in_parallel
 from scans.organs import ORGANS
 from study.console import run_command, use_any_characters
+from study.hospitals import warn_of_copies
 
 
 def inspect(case: Case, organs: Sequence[str]) -> dict:
     """What there is to say of a case: what is wrong, its spacing and size, voxels by organ."""
     labelled = [organ for organ in organs if organ in case.masks]
     scan, labels, errors, warnings = read_case(case, labelled)
-    if not (errors or labels.any()):
+    if labelled and not (errors or labels.any()):
         warnings.append(f"has none of {', '.join(labelled)}; it is all background")
     lines = [f"{error}; the case cannot be used" for error in errors]
     counts = np.bincount(labels.ravel(), minlength=len(labelled) + 1)[1:].tolist()
     return {
+        "image": case.image,
+        "crc": zlib.crc32(scan.voxels.data) if scan else 0,
         "modality": case.modality,
         "usable": not errors,
         "lines": lines + [f"{case.image}: {warning}" for warning in warnings],
@@ -37,22 +41,22 @@ def inspect(case: Case, organs: Sequence[str]) -> dict:
     }
 
 
-def check_folder(folder: str, args: argparse.Namespace) -> bool:
-    """Read every case of a folder and print what there is to say; whether all can be used."""
-    organs = args.organs or ORGANS
+def check_folder(folder: str, args: argparse.Namespace) -> list[dict]:
+    """Read every case of a folder and print what there is to say; empty if none is read."""
+    organs, lines = args.organs or ORGANS, {}
     try:
         cases = find_cases(folder, args.modality, args.layout, organs)
+        lines = dict.fromkeys(f"  {warning}" for case in cases for warning in case.warnings)
         if not cases[0].masks:
             held = ", ".join(cases[0].structures) or "nothing"
             raise DataError(f"{folder}: labels none of {', '.join(organs)}; it labels {held}")
     except (DataError, OSError) as error:
-        print(f"{folder}\n  {error}")
-        return False
+        print(folder, *lines, f"  {error}", sep="\n")
+        return []
     reports = list(in_parallel(lambda case: inspect(case, organs), cases, folder))
-    lines = [f"  {line}" for report in reports for line in report["lines"]]
-    lines += dict.fromkeys(f"  {warning}" for case in cases for warning in case.warnings)
+    lines |= dict.fromkeys(f"  {line}" for report in reports for line in report["lines"])
     print(folder, *lines, *summarize(reports, organs), sep="\n", flush=True)
-    return all(report["usable"] for report in reports)
+    return reports
 
 
 def summarize(reports: Sequence[dict], organs: Sequence[str]) -> list[str]:
@@ -79,8 +83,12 @@ def summarize(reports: Sequence[dict], organs: Sequence[str]) -> list[str]:
 
 def run(args: argparse.Namespace) -> int:
     """Read all folders; 1 if a case cannot be used."""
-    bad = [folder for folder in args.folders if not check_folder(folder, args)]
-    return int(bool(bad))
+    by_folder = [check_folder(folder, args) for folder in args.folders]
+    reports = [report for reports in by_folder for report in reports]
+    images = [(report["image"], report["crc"], True) for report in reports if report["usable"]]
+    for warning in warn_of_copies(images):
+        print(f"  {warning}")
+    return int(not (all(by_folder) and all(report["usable"] for report in reports)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -54,16 +54,16 @@ def load_hospitals(
     check_modalities(needed, {source.modality for source in sources})
     if config.on_phantoms:
         return {seed: phantom_hospitals(config, seed, sources) for seed in config.seeds}, []
-    if all_sites_local or not config.partial_labels:
-        structures = {source.folder: source.cases[0].structures for source in sources}
-        check_organs(structures, config.organs, config.partial_labels)
     cases = [case for source in sources for case in source.cases]
-    prepared, bad = load_cases(
-        cases, config.organs, config.spacing, Path(config.cache), config.skip_bad, config.ct_window
-    )
-    left_out, warnings = [f"left out: {error}" for error in bad], []
+    warnings, left_out = [warning for case in cases for warning in case.warnings], []
     by_seed: dict[int, list[Hospital]] = {}
     try:
+        if all_sites_local or not config.partial_labels:
+            structures = {source.folder: source.cases[0].structures for source in sources}
+            check_organs(structures, config.organs, config.partial_labels)
+        settings = config.spacing, Path(config.cache), config.skip_bad, config.ct_window
+        prepared, bad = load_cases(cases, config.organs, *settings)
+        left_out += [f"left out: {error}" for error in bad]
         for seed in config.seeds:
             by_seed[seed] = []
             for source in sources:
@@ -72,12 +72,17 @@ def load_hospitals(
                 left_out += empty
             check_modalities(needed, {h.modality for h in by_seed[seed] if h.train})
             warnings += warn_of_few(by_seed[seed], needed if all_sites_local else ())
-    except DataError as error:  # which may follow from what was left out
-        raise DataError("\n".join([*dict.fromkeys(left_out), str(error)])) from error
-    warnings += [warning for case in cases for warning in case.warnings]
-    warnings += warn_of_cases(prepared) + warn_of_copies(sources, prepared)
-    notes = [*left_out, *(f"WARNING: {warning}" for warning in warnings)]
-    return by_seed, list(dict.fromkeys(notes))  # seeds have the same
+    except DataError as error:  # which may follow from what was left out or is not read
+        raise DataError("\n".join([*_notes(left_out, warnings), str(error)])) from error
+    images = [(c.image, s.modality) for s in sources for c in s.cases if c.image in prepared]
+    warnings += warn_of_cases(prepared)
+    warnings += warn_of_copies((f, prepared[f].image_crc, bool(m)) for f, m in images)
+    return by_seed, _notes(left_out, warnings)
+
+
+def _notes(left_out: Iterable[str], warnings: Iterable[str]) -> list[str]:
+    """What to tell the user, once, because seeds and cases have the same."""
+    return list(dict.fromkeys([*left_out, *(f"WARNING: {warning}" for warning in warnings)]))
 
 
 def check_modalities(needed: Iterable[str], held: Collection[str]) -> None:
@@ -227,17 +232,18 @@ def warn_of_cases(prepared: Mapping[Path, PreparedCase]) -> list[str]:
     return [f"{listed(images)}: {warning}" for warning, images in files.items()]
 
 
-def warn_of_copies(sources: Iterable[Source], prepared: Mapping[Path, PreparedCase]) -> list[str]:
-    """A warning for scans that are there twice, one of them to train on, by their voxels."""
+def warn_of_copies(images: Iterable[tuple[Path, int, bool]]) -> list[str]:
+    """A warning for scans that are there twice, one of them to train on.
+
+    images: (file, checksum of its voxels, whether it is trained on), those only tested on last.
+    """
     first: dict[int, Path] = {}
     copies = []
-    for source in sources:  # those of --test come last
-        for image in (case.image for case in source.cases if case.image in prepared):
-            twin = first.get(prepared[image].image_crc)
-            if twin:
-                copies.append(f"{image} is a copy of {twin}")
-            elif source.modality:
-                first[prepared[image].image_crc] = image
+    for image, crc, trained_on in images:
+        if crc in first:
+            copies.append(f"{image} is a copy of {first[crc]}")
+        elif trained_on:
+            first[crc] = image
     what = f"{len(copies)} scans are there twice, so training cases may be tested on"
     return [f"{what}: {listed(copies)}"] if copies else []
 

@@ -200,10 +200,21 @@ UNREADABLE = {
     "no offset": (set_header(vox_offset=np.nan), "cannot be read ("),
     "colours": (save_ones((4, 4, 4), [(c, "u1") for c in "RGB"]), "expected one real number per"),
     "complex": (save_ones((4, 5, 6), np.complex64), "expected one real number per voxel"),
-    "zero voxel size": (pixdim(2, 0, 2), "voxel size [2.0, 0.0, 2.0] mm is not positive"),
-    "negative voxel size": (pixdim(2, -1, 2), "is not positive"),
-    "NaN voxel size": (pixdim(2, np.nan, 2), "is not positive"),
-    "infinite voxel size": (pixdim(np.inf, 2, 2), "is not positive"),
+    "pointer": (
+        lambda p: p.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n"),
+        "it is a Git LFS pointer, not the file; `git lfs pull` fetches it",
+    ),
+    "page": (
+        lambda p: p.write_bytes(b"\n<!DOCTYPE html>\n<html>Sign in</html>"),
+        "it is a web page, not a NIfTI file; download it again",
+    ),
+    "zipped twice": (
+        lambda p: p.write_bytes(gzip.compress(p.read_bytes())),
+        "it was compressed by gzip twice; `gunzip` it once",
+    ),
+    "zero voxel size": (pixdim(2, 0, 2), "voxel size [2.0, 0.0, 2.0] mm is zero or not finite"),
+    "NaN voxel size": (pixdim(2, np.nan, 2), "is zero or not finite"),
+    "infinite voxel size": (pixdim(np.inf, 2, 2), "is zero or not finite"),
     "flat": (set_header(srow_z=[0, 2, 0, 0]), "singular or not finite"),
     "NaN affine": (set_header(srow_x=np.nan), "singular or not finite"),
     "no rotation": (
@@ -226,7 +237,7 @@ OF_ANY_FILE = {
 }
 OF_SCANS = OF_ANY_FILE | {
     "no HU": (lambda p: edit(p, lambda a: a + 1024), "are not Hounsfield units"),
-    "constant": (lambda p: edit(p, np.zeros_like), "every voxel is 0"),
+    "constant": (lambda p: edit(p, np.zeros_like), "almost every voxel is 0"),
 }
 OF_MASKS = OF_ANY_FILE | {"missing": UNREADABLE["missing"], "NaN": UNREADABLE["NaN"]}
 SPOILT_CASES = [

@@ -97,11 +97,9 @@ def test_organs_are_numbered_as_asked_for_and_those_that_nobody_labelled_are_kno
     np.testing.assert_array_equal(prepared.labelled, [True, True, False, True])
 
 
-@pytest.mark.parametrize("write", [write_totalsegmentator, write_amos])
 @pytest.mark.parametrize("factor", [0.9, 1.0000000591])
-def test_float_labels_and_a_trailing_axis_are_read(factor, write, tmp_path):
-    factor = 1.0000001 if write is write_amos else factor
-    [case] = find_cases(write(tmp_path, "ct", 1))
+def test_float_masks_and_a_trailing_axis_are_read(factor, tmp_path):
+    [case] = find_cases(write_totalsegmentator(tmp_path, "ct", 1))
     for path in case.label_files(ORGANS):
         edit(path, lambda labels: (labels * factor)[..., None])
     _, labels, errors, warnings = read_case(case, ORGANS)
@@ -178,14 +176,6 @@ def test_what_is_wrong_with_scan_and_labels_alike_is_said_once(tmp_path):
     assert read_case(case, ORGANS)[2:] == ([], expected)
 
 
-def test_rounding_in_affines_is_no_trouble(tmp_path):
-    [case] = find_cases(write_totalsegmentator(tmp_path, "ct", 1))
-    path = tmp_path / "s0000/segmentations/liver.nii.gz"
-    edit(path, affine=nibabel.load(path).affine + 1e-3 * np.eye(4) * [1, 1, 1, 0])
-    assert (nibabel.load(path).affine != nibabel.load(case.image).affine).any()
-    assert read_case(case, ORGANS)[2:] == ([], [])
-
-
 def test_a_grid_too_small_for_a_body_is_mentioned(tmp_path):
     [case] = find_cases(write_totalsegmentator(tmp_path, "ct", 1))
     for path in tmp_path.rglob("*.nii.gz"):
@@ -194,6 +184,78 @@ def test_a_grid_too_small_for_a_body_is_mentioned(tmp_path):
     np.testing.assert_array_equal(labels, make_phantom(1, "ct", 0)[1])
     expected = "is 288 × 288 × 16 mm large, less than a body; are its voxel sizes right?"
     assert (errors, warnings) == ([], [expected])
+
+
+def resampled(labels):
+    """Half a voxel further and back again, linearly."""
+    return ndimage.shift(ndimage.shift(labels.astype(float), 0.5, order=1), -0.5, order=1)
+
+
+@pytest.mark.parametrize(
+    ("write", "change", "off"),
+    [
+        (write_amos, resampled, True),
+        (write_nnunet, resampled, True),
+        (write_amos, lambda labels: labels * 1.02, True),  # the pancreas is 10
+        (write_amos, lambda labels: labels * 1.0025, False),  # as a scale factor leaves it
+        (write_totalsegmentator, resampled, False),  # masks of probabilities
+    ],
+)
+def test_a_label_map_between_whole_numbers_is_refused(write, change, off, tmp_path):
+    [case] = find_cases(write(tmp_path, "mri", 1))
+    target = make_phantom(1, "mri", 0)[1]
+    for path in case.label_files(ORGANS):
+        edit(path, change)
+    _, labels, errors, warnings = read_case(case, ORGANS)
+    if off:
+        [path] = case.label_files(ORGANS)
+        expected = "has values between whole numbers: resampled linearly? Take nearest neighbours"
+        assert errors == [f"{path}: {expected}"]
+        return
+    assert (errors, warnings) == ([], [])
+    if write is write_totalsegmentator:
+        liver = resampled(target == 1) > 0.5
+        np.testing.assert_array_equal((labels == 1)[liver], True)
+        assert 0 < liver.sum() < (target == 1).sum()
+    else:
+        np.testing.assert_array_equal(labels, target)
+
+
+@pytest.mark.parametrize(("share", "named"), [(0.4, False), (0.6, True), (1.0, True)])
+def test_an_organ_that_others_overlap_is_named(share, named, tmp_path):
+    [case] = find_cases(write_totalsegmentator(tmp_path, "mri", 1))
+    liver, spleen = (
+        make_phantom(1, "mri", 0)[1] == 1,
+        tmp_path / "s0000/segmentations/spleen.nii.gz",
+    )
+    covered = np.zeros(liver.shape, np.uint8)
+    covered.ravel()[np.flatnonzero(liver)[: round(share * liver.sum())]] = 1
+    edit(spleen, lambda mask: np.maximum(mask, covered))
+    _, labels, errors, warnings = read_case(case, ORGANS)
+    assert (labels == 1).sum() == round((1 - share) * liver.sum())
+    expected = "masks overlap and later ones count: most of the liver is covered"
+    assert (errors, warnings) == ([], [expected] * named)
+    for side in ("left", "right"):  # both of them in both files
+        path = tmp_path / f"s0000/segmentations/kidney_{side}.nii.gz"
+        edit(path, (make_phantom(1, "mri", 0)[1] == 1 + ORGANS.index("kidneys")).astype(np.uint8))
+    assert read_case(case, ORGANS)[2:] == ([], warnings)
+
+
+@pytest.mark.parametrize(("modality", "named"), [("ct", True), ("mri", False)])
+def test_an_organ_of_a_ct_that_lies_in_air_is_named(modality, named, tmp_path):
+    [case] = find_cases(write_nnunet(tmp_path, modality, 1))
+    corner = np.zeros((32, 32, 32), np.uint8)
+    corner[:3, :3, :3] = 1
+
+    def move(labels):
+        """The spleen and the aorta, which is none of the five, to where air is."""
+        labels[labels == 1] = 0
+        labels[:3, :3, :3], labels[:2, :3, :3] = 1, 8
+        return labels
+
+    edit(case.label_files(ORGANS).popitem()[0], move)
+    expected = "most of the spleen is air (below −200 HU); are the labels its own?"
+    assert read_case(case, [*ORGANS, "aorta"])[2:] == ([], [expected] * named)
 
 
 # ------------------------------------------------------------------------------- values of a scan
@@ -254,10 +316,16 @@ NO_HOUNSFIELD = {
 HOUNSFIELD = {
     "padded with -2000": padded(-2000),
     "padded with -3024": padded(-3024),
+    "padded with -32768": padded(-32768),
     "metal": with_voxel(30000.0),
+    "a voxel of 70000": with_voxel(70000.0),
     "one voxel at -2000": with_voxel(-2000),
     "12 bits": lambda image: image.clip(-1024, 3071),
     "air at -1000": lambda image: image.clip(-1000),
+    "padded and turned": lambda image: ndimage.rotate(padded(-3024)(image), 9, order=3, cval=-3024),
+    "padded with -9999 and turned": lambda image: ndimage.rotate(
+        padded(-9999)(image), 9, order=1, cval=-9999
+    ),
     "in much air": lambda image: np.pad(image, 16, constant_values=-1024),
     "a thorax": lambda image: np.where((image > -150) & (image < 60), image - 850, image),
     "integers": lambda image: image.astype(np.int16),
@@ -283,6 +351,81 @@ def test_a_ct_is_in_hounsfield_units_or_refused(change, fits, scanner, tmp_path)
             assert error.startswith(f"{case.image}: values {image.min():g} … {image.max():g} are ")
             assert "are not Hounsfield units, in which air is near −1000 and soft tissue " in error
             assert error.endswith("at 0 to 100; apply their slope and intercept")
+
+
+WITHOUT_FAT = ("a thorax",)
+
+
+@pytest.mark.parametrize("scanner", ["own", "other"])
+@pytest.mark.parametrize("name", [name for name in HOUNSFIELD if name not in WITHOUT_FAT])
+def test_a_ct_that_is_given_as_mri_is_refused(name, scanner, tmp_path):
+    case = case_of(tmp_path / "mri.nii", "mri")
+    for index in range(4):
+        image = HOUNSFIELD[name](make_phantom(1, "ct", index, scanner)[0]).astype(np.float32)
+        save(case.image, image)
+        assert read_case(case, ORGANS)[2] == [
+            f"{case.image}: values {image.min():g} … {image.max():g} are Hounsfield units, with "
+            "air near −1000 and fat near −100; give the scan as CT"
+        ]
+
+
+def phase(limit):
+    """Noise in the air, as wide as a phase can be, and a smooth phase in the body."""
+
+    def make(image):
+        noise = np.random.default_rng(0).uniform(-1, 1, image.shape)
+        smooth = ndimage.gaussian_filter(noise, 4)
+        return limit * np.where(image > np.median(image), smooth / abs(smooth).max(), noise)
+
+    return make
+
+
+MRI = {
+    "times 1e-12": rescale(1e-12),
+    "times 1e9": rescale(1e9),
+    "ADC in m²/s": lambda image: 3e-9 * unit(image),
+    "ADC in µm²/s, noisy": lambda image: 3000 * unit(image) - 40,
+    "phase, radians": phase(np.pi),
+    "phase, GE": phase(3142),
+    "phase, Siemens": phase(4096),
+    "phase, ±2048": phase(2048),
+    "susceptibility, ppb": lambda image: phase(1000)(image) * (image > np.median(image)),
+    "standardized": lambda image: (image - image.mean()) / image.std(),
+    "thousandths of it": lambda image: 1000 * (image - image.mean()) / image.std(),
+    "padded with -1000": padded(-1000),
+    "dark, padded with -1024": padded(-1024, lambda image: 150 * unit(image)),
+    "a voxel of 1e8": with_voxel(1e8),
+}
+
+
+@pytest.mark.parametrize("change", MRI.values(), ids=MRI)
+def test_an_mri_may_have_any_values(change, tmp_path):
+    case = case_of(tmp_path / "mri.nii", "mri")
+    for index, scanner in ((0, "own"), (1, "own"), (0, "other"), (1, "other")):
+        save(case.image, change(make_phantom(1, "mri", index, scanner)[0]).astype(np.float32))
+        assert read_case(case, ORGANS)[2:] == ([], [])
+
+
+@pytest.mark.parametrize("factor", [1e-12, 1e9])
+def test_the_scale_of_an_mri_does_not_matter(factor, tmp_path):
+    [case] = find_cases(write_totalsegmentator(tmp_path / "mri", "mri", 1))
+    [plain] = load([case], ORGANS, 11.0, tmp_path)
+    edit(case.image, lambda image: image * np.float32(factor))
+    [scaled] = load([case], ORGANS, 11.0, tmp_path)
+    assert scaled.contents != plain.contents
+    images = scaled.read_volume().image, plain.read_volume().image
+    np.testing.assert_allclose(*images, atol=1e-5)
+
+
+def test_a_ct_that_the_window_makes_constant_is_refused(tmp_path):
+    cases = find_cases(write_totalsegmentator(tmp_path / "ct", "ct", 1))
+    for window in ((2000.0, 3000.0), (-4000.0, -3000.0)):
+        what = f"the CT window {window[0]:g} … {window[1]:g} HU makes almost every voxel the same"
+        with pytest.raises(DataError, match=f"ct.nii.gz: {what}"):
+            load(cases, ORGANS, SPACING, tmp_path, ct_window=window)
+        with pytest.raises(DataError, match=what):
+            read_usable(cases[0], ORGANS, window)
+    assert load(cases, ORGANS, SPACING, tmp_path, ct_window=(-1100.0, -900.0))
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -409,7 +552,7 @@ def test_the_first_bad_case_ends_the_reading_before_another_process_may_write(
     cases = [case._replace(image=tmp_path / f"{i:03d}.nii.gz") for i, case in enumerate(cases)]
     read, running, left = [], [], []
 
-    def read_slowly(case, organs):
+    def read_slowly(case, *_):
         read.append(case.image.name)
         running.append(threading.get_ident())
         time.sleep(0.03 if len(read) > 1 else 0)

@@ -24,6 +24,8 @@ from scans.layouts import find_cases
 from scans.organs import ORGANS
 from scans.phantom import SPACING, make_phantom
 from scripts import check
+from study.config import Config
+from study.hospitals import load_hospitals
 
 
 def run(*args):
@@ -68,7 +70,7 @@ def test_it_mentions_what_does_no_harm(tmp_path, said):
     assert run(tmp_path) == 0
     shown = said()
     for message in (
-        "case_000_0000.nii.gz: its label map has labels that the data set does not list: 77; they",
+        "its label map: has labels that the data set does not list: 77; they count as background",
         "imagesTr/case_001_0000.nii.gz: has none of liver; it is all background",
         "case_002_0000.nii.gz: its sform and qform put it at different places; the sform is used",
         "dataset.json: labels liver tumor apart from the organs",
@@ -139,6 +141,11 @@ def test_it_looks_at_the_organs_that_are_asked_for(tmp_path, said):
     shutil.rmtree(tmp_path / "s0000/segmentations")
     assert run(tmp_path) == 1
     assert "gallbladder; it labels nothing" in said()
+    amos = write_amos(write_amos(tmp_path / "amos", "ct", 1), "mri", 1)
+    assert run(amos, "--organs", "bladder") == 0
+    has_none, ct, mri = (line for line in said().splitlines() if "bladder" in line)
+    assert has_none.endswith("amos_0001.nii.gz: has none of bladder; it is all background")
+    assert [" ".join(line.split()[1:]) for line in (ct, mri)] == ["0 of 1 cases", "not labelled"]
 
 
 def test_flags_tell_what_folders_do_not(tmp_path, said):
@@ -168,3 +175,39 @@ def test_a_name_that_is_no_utf_8_is_printed_all_the_same(tmp_path, capfdbinary):
     truncate(tmp_path / "set" / os.fsdecode(b"s\xff") / "ct.nii.gz")
     assert run(tmp_path / "set") == 1
     assert b"ct.nii.gz: cannot be read" in capfdbinary.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["segmentations/liver.nii", "segmentations.nii.gz"])
+def test_masks_that_are_not_read_are_named(name, tmp_path, said, ct_folder):
+    """By training too, with the refusal that follows from it."""
+    root = write_totalsegmentator(tmp_path / "set", "ct", 2, organs=["liver"])
+    for id_ in ("s0000", "s0001"):
+        file = root / f"{id_}/segmentations/liver.nii.gz"
+        mask = np.asarray(nibabel.load(file).dataobj)
+        file.unlink()
+        save(root / id_ / name, mask)
+    files = f"{root}/s0000/{name}, {root}/s0001/{name}"
+    warning = f"{files}: not read, because masks are sNNNN/segmentations/<organ>.nii.gz"
+    assert run(root) == 1
+    shown = said()
+    assert f"  {warning}\n" in shown
+    assert "gallbladder; it labels nothing" in shown
+    with pytest.raises(DataError, match=f"^WARNING: {warning}\nnot every folder labels liver"):
+        load_hospitals(Config(ct=(str(ct_folder), str(root)), cache=str(tmp_path / "cache")))
+
+
+def test_it_warns_as_training_does(tmp_path, said, ct_folder):
+    """Of a scan that is there twice, too."""
+    root = write_totalsegmentator(tmp_path / "set", "ct", 4, seed=2)
+    shutil.copy(ct_folder / "s0001/ct.nii.gz", root / "s0003/ct.nii.gz")
+    make_forms_disagree(root / "s0001/ct.nii.gz")
+    set_voxel(3)(root / "s0002/segmentations/liver.nii.gz")
+    (root / "splits_final.json").write_text("[]")
+    folders = (str(ct_folder), str(root))
+    config = Config(ct=folders, spacing=12.0, cache=str(tmp_path / "cache"))
+    expected = [note.removeprefix("WARNING: ") for note in load_hospitals(config)[1]]
+    assert len(expected) == 4
+    assert sum("are there twice" in warning for warning in expected) == 1
+    assert run(*folders) == 0
+    lines = [line.strip() for line in said().splitlines() if ": " in line]
+    assert [line for line in lines if "cases usable" not in line] == expected

@@ -100,6 +100,22 @@ def test_normalization_by_modality(modality, window, clipped):
     assert np.isfinite(normalize(np.ones((3, 3), np.float32), modality)).all()
 
 
+@pytest.mark.parametrize("modality", ["ct", "mri"])
+def test_normalization_is_by_the_images_own_scale(modality):
+    """And of an ordinary image the plain formula, to the last bit."""
+    image = 1000 * noise((20, 16, 9))
+    low, high = (-160, 240) if modality == "ct" else np.percentile(image, (0.5, 99.5))
+    clipped = image.clip(low, high)
+    plain = normalize(image, modality)
+    expected = (clipped - clipped.mean()) / float(clipped.std())
+    np.testing.assert_array_equal(plain, expected.astype(np.float32))
+    for factor in (1e-12, 1e9) if modality == "mri" else ():
+        np.testing.assert_allclose(normalize(image * np.float32(factor), "mri"), plain, atol=1e-5)
+    for value in (0, 1e-9, 0.1, 1e9):
+        constant = np.full((5, 5), value, np.float32)
+        np.testing.assert_allclose(normalize(constant, modality), 0, atol=0.2)
+
+
 def plain_patches(volumes, patch, batch_size, steps, generator):
     """patches in plain steps, each of which makes an array of its own."""
 

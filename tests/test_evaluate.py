@@ -9,6 +9,7 @@ from monai.inferers import sliding_window_inference
 from monai.metrics import compute_dice, compute_hausdorff_distance, compute_surface_dice
 from scipy import ndimage
 
+import evaluate
 from evaluate import dice, dice_by_label, hd95, hd95_and_nsd, nsd, score_case, sliding_window
 
 
@@ -259,3 +260,19 @@ def test_scores_of_a_case_by_hand():
     assert scores["gallbladder"] == {"outcome": "absent"}  # where all are labelled
     assert scores["liver"]["nsd"] == pytest.approx(2 / 3)  # within 2 mm
     assert score_case(prediction, target, organs, (1.0, 2.5), 2.5)["liver"]["nsd"] == 1
+
+
+def test_distances_take_as_many_threads_as_the_process_may_use(monkeypatch):
+    used = []
+
+    class Tree(evaluate.cKDTree):
+        def query(self, points, workers):
+            used.append(workers)
+            return super().query(points, workers=workers)
+
+    monkeypatch.setattr(evaluate, "cKDTree", Tree)
+    monkeypatch.setattr(evaluate.os, "sched_getaffinity", lambda _: {0, 5, 7}, raising=False)
+    mask = np.zeros((5, 5, 5), bool)
+    mask[1:4, 1:4, 1:4] = True
+    assert hd95(mask, np.roll(mask, 1, 0), (1, 1, 1)) == 1
+    assert used == [3, 3]

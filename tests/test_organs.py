@@ -20,7 +20,7 @@ FEW, FULL = ["Spleen", "LIVER"], [name for name in NNUNET_LABELS if name != "bac
         ({"few": FEW, "full": FULL}, ORGANS, True, ""),
         ({"few": FEW, "full": FULL}, ORGANS, False, "few: Spleen, LIVER; full: .*; use --organs "),
         ({"few": FEW, "full": FULL}, ORGANS, False, "--organs liver spleen or --partial-labels, "),
-        ({"few": FEW}, ORGANS, True, "not one folder labels kidneys, .*use --organs liver spleen$"),
+        ({"few": FEW}, ORGANS, True, "not one folder labels kidneys .*use --organs liver spleen$"),
         ({"few": ["liver"], "other": []}, ["liver"], False, "other: none.; use --partial-labels"),
         ({"a": ["liver"], "b": ["spleen"]}, ORGANS, False, "use folders that share an organ$"),
         ({"a": ["aorta"], "b": ["Liver"]}, ["lung"], False, r"labels lung \(a: aorta; b: Liver\)"),
@@ -111,3 +111,22 @@ def test_organs_that_share_voxels_are_refused(tmp_path):
     write_nnunet(tmp_path / "nnunet", "ct", 1, labels=labels)
     with pytest.raises(DataError, match=r"liver and liver tumor share voxels \(label 2\)"):
         find_cases(tmp_path / "nnunet", organs=["liver", "liver tumor"])
+
+
+def test_one_kidney_is_not_the_kidneys(tmp_path):
+    """Where no case has the other one, its voxels are not known to be background."""
+    labels = {"background": 0, "liver": 6, "Kidney_L": 3}
+    maps = write_nnunet(tmp_path / "maps", "ct", 2, labels=labels)
+    masks = write_totalsegmentator(tmp_path / "masks", "ct", 2, organs=["liver", "kidneys"])
+    (masks / "s0001/segmentations/kidney_right.nii.gz").unlink()  # a patient with one kidney
+    assert list(find_cases(masks)[1].masks) == ["liver", "kidneys"]
+    (masks / "s0000/segmentations/kidney_right.nii.gz").unlink()
+    for root in (maps, masks):
+        for case in find_cases(root, organs=["liver", "kidneys"]):
+            assert list(case.masks) == ["liver"]
+            with pytest.raises(
+                DataError, match=r"labels kidneys \(left and right\) .*--organs liv"
+            ):
+                check_organs({"a": case.structures}, ["liver", "kidneys"], False)
+        [case, _] = find_cases(root, organs=["left kidney"])
+        assert list(case.masks) == ["left kidney"]

@@ -25,7 +25,7 @@ from scans.files import DataError
 from scripts import predict
 from study import hospitals, results, tables
 from study.config import VERSION, Checkpoint, Config, Round, Training
-from study.console import Progress, count_steps
+from study.console import Progress, Watched, count_steps
 from study.hospitals import Hospital, load_hospitals
 from study.inference import load_model
 from study.results import RunFolder, TrainingFolder, environment
@@ -622,33 +622,23 @@ def few(monkeypatch):
 
 
 @pytest.mark.slow
-def test_steps_are_the_batches_and_cases_that_a_training_asks_for(few, tmp_path):
-    """Counted as they pass, from round 1 of 3 on; by hand from the start and within the test."""
+def test_a_training_takes_as_many_steps_as_are_counted(few, tmp_path, monkeypatch):
+    """From round 2 of 3 on: 2 batches each, validation in rounds 2 and 3, and the test."""
     settings = {"rounds": 3, "local_steps": 2, "val_every": 2, "patch": 16, "width": 2, "depth": 2}
     config = Config(**settings, arms=("fl", "centralized"), out=str(tmp_path))
-    everyone = load_hospitals(config)[0][42]
-    run = RunFolder(config, fedgin.plan(config), list(fedgin.ARMS))
-
-    def counted(folder):
-        chosen = fedgin.choose_cases(config, folder.training, everyone)
-        return count_steps(folder, chosen, everyone)
-
-    for folder in map(run.folder, run.trainings):
-        # 3 rounds of 2 batches at 2 hospitals, validation of 2 cases in rounds 2 and 3, 4 tests
-        assert counted(folder) == 3 * 2 * 2 + 2 * 2 + 4
-        clients = fedgin.make_clients(config, folder.training, everyone)
-        folder.keep_round(next(fedgin.train_arm(config, folder.training, clients, [])))
-        assert counted(folder) == 16
-        with Progress({folder.name: 16}) as progress:
+    everyone, steps = load_hospitals(config)[0][42], []
+    counting = lambda watched: (steps.append(item) or item for item in watched.items)  # noqa: E731
+    monkeypatch.setattr(Watched, "__iter__", counting)
+    for training in fedgin.plan(config):
+        folder = TrainingFolder(config, training)
+        clients = fedgin.make_clients(config, training, everyone)
+        folder.keep_round(next(fedgin.train_arm(config, training, clients, [])))
+        chosen = fedgin.choose_cases(config, training, everyone)
+        counted = count_steps(folder, chosen, everyone)
+        with Progress({folder.name: counted}) as progress:
             fedgin.run_training(folder, everyone, CPU, progress)
-        assert progress.done == 16
-        assert folder.is_finished()
-    stopped = run.folder(Training(1, "mri-only"))
-    stopped.keep_round(checkpoint(3))
-    assert counted(stopped) == 4
-    scored = {organ: {"outcome": "absent"} for organ in config.organs}
-    stopped.keep_scores(everyone[0], everyone[0].test[0], scored)
-    assert counted(stopped) == 3
+        assert len(steps) == counted == 2 * 2 * 2 + 2 * 2 + 4
+        steps.clear()
 
 
 def test_a_start_reads_a_checkpoint_once(few, tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from conftest import save
+from conftest import save, write_amos, write_nnunet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_layouts import NOTHING, ids, write_scans
@@ -63,7 +63,7 @@ def write_table(root, content):
 )
 def test_a_table_without_the_two_columns_is_refused(content, tmp_path):
     write_table(write_scans(tmp_path, 1), content)
-    with pytest.raises(DataError, match="meta.csv: cannot be read .*it has no columns image_id"):
+    with pytest.raises(DataError, match="meta.csv: has no columns image_id and split; without"):
         find_cases(tmp_path)
     (tmp_path / "meta.csv").rename(tmp_path / "gone.csv")
     (tmp_path / "meta.csv").symlink_to("elsewhere.csv")
@@ -114,6 +114,46 @@ def test_the_scans_of_a_folder_share_its_row_and_those_of_two_do_not(tmp_path):
     assert found == [("s0000", "ct", "train"), ("s0000", "mri", "train"), ("s0001", "mri", "test")]
     save(tmp_path / "s1/mri.nii.gz", NOTHING)
     with pytest.raises(DataError, match="meta.csv: must name each scan .* for s0001, s1; "):
+        find_cases(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("write", "ids", "own"),
+    [
+        (write_nnunet, ["case_000", "case_001", "case_002"], ["", "", ""]),
+        (write_amos, ["amos_0001", "amos_0002", "amos_0003"], ["train", "val", "val"]),
+    ],
+)
+def test_a_table_gives_the_split_in_any_layout(write, ids, own, tmp_path):
+    """By patient, for instance: the first two scans are of one, and both are tested on."""
+    write(tmp_path, "mri" if write == write_nnunet else "ct", 3)
+    rows = " ".join(f"{id_.upper()}.nii.gz;{{}}" for id_ in ids)
+
+    def splits(*wanted):
+        write_table(tmp_path, f"image_id;split {rows.format(*wanted)}")
+        cases = find_cases(tmp_path)
+        assert [case.warnings for case in cases] == [()] * 3
+        return [case.split for case in cases]
+
+    assert splits("test", "test", "train") == ["test", "test", "train"]
+    assert splits("", "", "") == own
+    with pytest.raises(DataError, match=f"meta.csv: must name each scan .* for {ids[1]}; without"):
+        splits("test", "", "train")
+    write_table(tmp_path, "patient;age 1;40")  # somebody else's
+    for case, split in zip(find_cases(tmp_path), own, strict=True):
+        assert case.split == split
+        [warning] = case.warnings
+        assert (
+            warning
+            == f"{tmp_path}/meta.csv: not read, because it has no columns image_id and split"
+        )
+
+
+def test_a_table_names_the_scans_of_the_modality_that_is_asked_for(tmp_path):
+    write_amos(write_amos(tmp_path, "ct", 2), "mri", 2)
+    write_table(tmp_path, "image_id;split amos_0501;test amos_0502;train")
+    assert [case.split for case in find_cases(tmp_path, "mri")] == ["test", "train"]
+    with pytest.raises(DataError, match="for amos_0001, amos_0002; without"):
         find_cases(tmp_path)
 
 
