@@ -27,7 +27,7 @@ from scans.cases import labelled_organs, read_usable
 from scans.files import DataError
 from scans.layouts import LAYOUTS, MODALITIES, Case, find_cases
 from scans.nifti import read_nifti, to_nifti
-from study.console import attempt, run_command, say, use_any_characters
+from study.console import attempt, run_command, use_any_characters
 from study.inference import choose_device, load_model, segment
 from study.tables import METRICS, score_rows, tables
 
@@ -39,8 +39,7 @@ def find_scans(
 ) -> dict[str, Case]:
     """{name of its label map: Case} of files, folders of files and folders in a known layout.
 
-    Of several paths, each folder has a folder of its own among the label maps, because ids are
-    unique within a folder only. Raises DataError for two scans of one name.
+    If there are several paths, the name of a folder stands before those of its scans.
     """
     scans: dict[str, Case] = {}
     for path in map(Path, paths):
@@ -83,16 +82,15 @@ def claim(args: argparse.Namespace, organs: Sequence[str]) -> dict[str, Any]:
     """
     path, checkpoint = args.out / "predictions.json", files.sha256(args.checkpoint.read_bytes())
     claimed = {"made by": "scripts.predict", "format": 3, "checkpoint": checkpoint}
-    claimed |= {"modality": args.modality}
-    scans: dict[str, list] = {}
+    record = {**claimed, "modality": args.modality, "scans": {}}
     if path.exists():
         kept = files.read_json(path)
-        scans = kept.pop("scans", {})
-        files.check_same(path, kept, claimed)
+        record["scans"] = kept.get("scans", {})
+        files.check_same(path, kept, record)
     ids = {"background": 0, **{organ: n for n, organ in enumerate(organs, start=1)}}
-    files.write(path, files.to_json({**claimed, "scans": scans}))
+    files.write(path, files.to_json(record))
     files.write(args.out / "labels.json", files.to_json(ids))
-    return {**claimed, "scans": scans}
+    return record
 
 
 def predict(
@@ -117,7 +115,7 @@ def predict(
         return []
     scan, target = read_usable(case, organs)
     for warning in scan.warnings:
-        say(f"WARNING: {case.image}: {warning}")
+        tqdm.write(f"WARNING: {case.image}: {warning}", file=sys.stderr)
     if not made:
         spacing, window = metadata["spacing"], metadata["normalization"]["ct"]
         image = to_model_grid(scan.voxels, scan.spacing, case.modality, spacing, window)
@@ -144,12 +142,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--checkpoint", required=True, type=Path, metavar="FILE", help="model.pt of a training")
     text = "NIfTI files, or folders of scans"
     add("--images", required=True, nargs="+", action="extend", metavar="PATH", help=text)
-    text = "folder for the label maps, new or begun by the same command"
-    add("--out", required=True, type=Path, metavar="DIR", help=text)
-    text = "segment scans of this modality only; names that do not tell it are taken for it"
+    add("--out", required=True, type=Path, metavar="DIR", help="folder for the label maps")
+    text = "needed where names do not tell it; of a folder, only such scans are segmented"
     add("--modality", choices=NORMALIZATION, help=text)
     add("--layout", choices=LAYOUTS, help="layout of the folders, if one looks like two")
-    text = "mm that a surface may be off, for NSD (default: 2)"
+    text = "mm within which a surface counts as right (default: 2)"
     add("--nsd-tolerance", type=float, default=2.0, metavar="X", help=text)
     args = parser.parse_args(argv)
     if not (math.isfinite(args.nsd_tolerance) and args.nsd_tolerance > 0):

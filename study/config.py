@@ -122,7 +122,7 @@ class Config:
         "trained once for each p: the paper has 1; CT loses less with 0.25",
     )
     val_every: int = flag(1, "rounds from one validation to the next", scans=5)
-    nsd_tolerance: float = flag(SPACING, "mm that a surface may be off, for NSD", scans=2.0)
+    nsd_tolerance: float = flag(SPACING, "mm within which a surface counts as right", scans=2.0)
     out: str = flag("", "folder for the results (default: runs/SCENARIO)", metavar="DIR")
     cache: str = flag("", "folder for preprocessed scans (default: beside --out)", metavar="DIR")
 

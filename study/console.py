@@ -93,20 +93,21 @@ class Progress(contextlib.AbstractContextManager):
         if not self.on_terminal:
             loss = sum(done.losses.values()) / len(done.losses)
             figures = ", ".join([f"loss {loss:.2f}", *dices])
-            say(f"{self.name}, {self.place}: {figures}; {self.bar}")
+            print(f"{self.name}, {self.place}: {figures}; {self.bar}", file=sys.stderr)
 
     def show_choice(self, reached: Checkpoint) -> None:
         """Say whose round's weights are kept at the end of a training."""
         kept = f"the weights of round {reached.best_round}, validation Dice {reached.best_dice:.2f}"
         if math.isnan(reached.best_dice):
             kept = "no validation case holds an organ; the last weights"
-        say(f"{self.name}: {kept} are kept")
+        tqdm.write(f"{self.name}: {kept} are kept", file=sys.stderr)
 
     @contextlib.contextmanager
     def attempt(self, name: str) -> Iterator[None]:
         """Do a training; see the function attempt."""
         self.n_begun += 1
         self.name = f"training {self.n_begun} of {len(self.steps)} ({name})"
+        self.bar.desc, self.bar.postfix = self.name.replace(" of ", "/"), ""
         self.bar.reset(self.steps[name])
         with attempt(name, self.failed):
             yield
@@ -126,12 +127,7 @@ def attempt(name: str, failed: list[str]) -> Iterator[None]:
         if not is_foreseen(error):
             raise
         failed.append(explain(error))
-        say(f"FAILED: {failed[-1]}")
-
-
-def say(line: str) -> None:
-    """Print a line, above a bar if there is one."""
-    tqdm.write(line, file=sys.stderr)
+        tqdm.write(f"FAILED: {failed[-1]}", file=sys.stderr)
 
 
 def describe(config: Config, device: torch.device) -> str:

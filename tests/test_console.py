@@ -1,7 +1,9 @@
 """What the screen shows of a run, on a terminal and in a pipe, what ends it, and exit codes."""
 
 import io
+import itertools
 import os
+import re
 import signal
 import sys
 import threading
@@ -11,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 from federated import Client
 from scans.files import DataError
@@ -20,10 +23,8 @@ from study.console import (
     count_steps,
     describe,
     describe_hospitals,
-    explain,
     is_foreseen,
     run_command,
-    say,
     use_any_characters,
 )
 from study.hospitals import Hospital
@@ -55,16 +56,17 @@ def test_in_a_pipe_each_round_is_a_line_with_the_time_left(capsys):
             run.show_round(done(mri=0.25))
             list(run.watch("cd", "round 2 of 4"))
             run.show_round(done(ct=0.5))
-            run.show_round(done(mri=0.25, ct=0.5))
             run.show_round(done())
-            say("fl: a word")
+            run.show_choice(Checkpoint(best_round=7, best_dice=0.456))
+            run.show_choice(Checkpoint(best_round=9, best_dice=float("nan")))
     out, err = capsys.readouterr()
+    name = "training 1 of 2 (fl, seed 1)"
     assert err.splitlines() == [
-        "training 1 of 2 (fl, seed 1), round 1 of 4: loss 0.76, MRI 0.25; 01:00 left",
-        "training 1 of 2 (fl, seed 1), round 2 of 4: loss 0.76, CT 0.50; 00:20 left",
-        "training 1 of 2 (fl, seed 1), round 2 of 4: loss 0.76, MRI 0.25, CT 0.50; 00:20 left",
-        "training 1 of 2 (fl, seed 1), round 2 of 4: loss 0.76; 00:20 left",
-        "fl: a word",
+        f"{name}, round 1 of 4: loss 0.76, MRI 0.25; 01:00 left",  # of this training alone
+        f"{name}, round 2 of 4: loss 0.76, CT 0.50; 00:20 left",
+        f"{name}, round 2 of 4: loss 0.76; 00:20 left",
+        f"{name}: the weights of round 7, validation Dice 0.46 are kept",
+        f"{name}: no validation case holds an organ; the last weights are kept",
     ]
     assert out == ""
     assert "\r" not in err
@@ -73,41 +75,41 @@ def test_in_a_pipe_each_round_is_a_line_with_the_time_left(capsys):
 def test_on_a_terminal_a_bar_moves_with_every_step(monkeypatch):
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
-    with Progress(
-        {"centralized+gin 1:5 p=0.5, seed 123": 4, **dict.fromkeys("abcdefghijk", 1)}
-    ) as run:
+    with Progress({"centralized+gin 1:5 p=0.5, seed 123": 4, **dict.fromkeys(range(11), 1)}) as run:
         run.bar.mininterval, run.bar.dynamic_ncols = 0, lambda _: (100, 24)
         with run.attempt("centralized+gin 1:5 p=0.5, seed 123"):
             list(run.watch(range(2), "round 20 of 20"))
             run.show_round(done(mri=0.25, ct=0.5))
             list(run.watch(range(2), "testing"))
             assert (run.bar.n, run.bar.total) == (4, 4)
+        for name in (0, 1):
+            with run.attempt(name):
+                pass
     shown = [line for line in screen.getvalue().split("\r") if line.strip()]
     assert all(len(line.rstrip("\n")) <= 100 for line in shown)
     place = "training 1/12 (centralized+gin 1:5 p=0.5, seed 123), round 20/20 |"
     assert any(place in line for line in shown)
-    assert "MRI 0.25, CT 0.50" in shown[-1]
-    assert "testing |" in shown[-1]
-    assert "00:00 left" in shown[-1]
+    *_, last, after = itertools.takewhile(lambda line: "training 3" not in line, shown)
+    for text in ("MRI 0.25, CT 0.50", "testing |", "00:00 left"):
+        assert text in last
+    assert re.fullmatch(r"training 2/12 \(0\) \| +\| \? left *", after)
 
 
-def test_the_bar_ends_with_each_training(monkeypatch):
-    """Those that fail, that another process does, or that it has brought forward, too."""
+@pytest.mark.parametrize(
+    ("n", "error"), [(4, None), (1, OSError("full")), (0, None), (2, None), (5, None)]
+)
+def test_the_bar_ends_with_each_training(n, error, monkeypatch):
+    """One that fails, that another process does or has brought forward meanwhile, too."""
     monkeypatch.setattr(sys, "stderr", Terminal())
-    with Progress({"a": 4, "b": 4, "c": 4, "d": 4}) as run:
-        for name, n, error in (
-            ("a", 4, None),
-            ("b", 1, OSError("full")),
-            ("c", 0, None),
-            ("d", 2, None),
-        ):
-            with run.attempt(name):
-                assert (run.bar.n, run.bar.total) == (0, 4)
-                list(run.watch(range(n)))
-                if error:
-                    raise error
-            assert (run.bar.n, run.bar.total) == (n, n)
-    assert run.failed == ["b: full"]
+    with Progress({"a": 4, "b": 3}) as run:
+        with run.attempt("a"):
+            assert (run.bar.n, run.bar.total) == (0, 4)
+            list(run.watch(range(n)))
+            if error:
+                raise error
+        assert (run.bar.n, run.bar.total) == (n, n)
+        with run.attempt("b"):
+            assert (run.bar.n, run.bar.total) == (0, 3)
 
 
 def test_steps_are_counted_by_hand():
@@ -131,49 +133,29 @@ def test_steps_are_counted_by_hand():
 
 
 def test_a_step_is_counted_once_an_item_has_been_worked_on():
-    with Progress({"a": 3}) as run:
-        seen = [(item, run.bar.n) for item in run.watch("abc")]
-        assert (seen, run.bar.n) == ([("a", 0), ("b", 1), ("c", 2)], 3)
-        assert list(run.watch([])) == []
-        assert run.bar.n == 3
-
-
-def test_what_is_watched_may_be_gone_through_again():
-    """As validation cases are, in each round."""
     with Progress({"a": 6}) as run:
         watched = run.watch("abc")
-        assert [*watched, *watched] == [*"abcabc"]
+        for before in (0, 3):  # as validation cases in each round
+            seen = [(item, run.bar.n - before) for item in watched]
+            assert seen == [("a", 0), ("b", 1), ("c", 2)]
         assert run.bar.n == 6
+        assert list(run.watch([])) == []
 
 
 def test_batches_of_clients_are_steps(capsys):
-    def loss(logits, target):
-        raise AssertionError
-
     def batches(round_):
         return iter([f"{round_}a", f"{round_}b"])
 
-    clients = {"mri": Client(3, batches, loss), "ct": Client(7, batches, loss)}
+    clients = {"mri": Client(3, batches, max), "ct": Client(7, batches, max)}
     with Progress({"fl": 20}) as run, run.attempt("fl"):
         watched = run.watch_clients(clients, rounds=5)
-        assert {name: client.n_k for name, client in watched.items()} == {"mri": 3, "ct": 7}
-        assert all(client.loss_function is loss for client in watched.values())
+        parts = {name: (client.n_k, client.loss_function) for name, client in watched.items()}
+        assert parts == {"mri": (3, max), "ct": (7, max)}
         assert list(watched["ct"].batches(4)) == ["4a", "4b"]
         assert list(watched["mri"].batches(2)) == ["2a", "2b"]
         assert run.bar.n == 4
         run.show_round(done())
     assert capsys.readouterr().err.startswith("training 1 of 1 (fl), round 2 of 5: ")
-
-
-def test_the_weights_that_are_kept_are_named(capsys):
-    with Progress({"fl, seed 1": 1}) as run, run.attempt("fl, seed 1"):
-        run.show_choice(Checkpoint(best_round=7, best_dice=0.456))
-        run.show_choice(Checkpoint(best_round=9, best_dice=float("nan")))
-    name = "training 1 of 1 (fl, seed 1)"
-    assert capsys.readouterr().err.splitlines() == [
-        f"{name}: the weights of round 7, validation Dice 0.46 are kept",
-        f"{name}: no validation case holds an organ; the last weights are kept",
-    ]
 
 
 def test_what_fails_foreseeably_is_said_and_the_next_follows(capsys):
@@ -190,26 +172,24 @@ def test_what_fails_foreseeably_is_said_and_the_next_follows(capsys):
             with run.attempt(name):
                 if error:
                     raise error
-                say(run.name)
-    failed = [
-        "a: round 3, hospital mri: the loss is nan",
-        "c: [Errno 28] No space left on device",
-        "d: CUDA out of memory",
-        "e: x.npy: is damaged",
-    ]
-    assert run.failed == failed
-    lines = [f"FAILED: {line}" for line in failed]
-    lines.insert(1, "training 2 of 5 (b)")
-    assert capsys.readouterr().err.splitlines() == lines
+                tqdm.write(run.name, file=sys.stderr)
+    a, said, *others = capsys.readouterr().err.splitlines()
+    assert (a, said) == ("FAILED: a: round 3, hospital mri: the loss is nan", "training 2 of 5 (b)")
+    assert others == [f"FAILED: {name}: {errors[name]}" for name in "cde"]
+    assert run.failed == [line.removeprefix("FAILED: ") for line in (a, *others)]
 
 
-@pytest.mark.parametrize("bug", [ValueError("x"), RuntimeError("mat1"), KeyboardInterrupt()])
-def test_a_bug_ends_all_and_says_where_it_was(bug, capsys):
-    with pytest.raises(type(bug)) as caught, Progress({"fl": 1}) as run, run.attempt("fl"):
-        raise bug
+@pytest.mark.parametrize("bug", [ValueError("x"), RuntimeError("mat1"), KeyError(1)])
+def test_a_bug_ends_all_and_keeps_its_traceback_and_where_it_was(bug, capsys):
+    def work():
+        with Progress({"fl": 1}) as run, run.attempt("fl"):
+            bug.add_note("round 1, hospital mri")
+            raise bug
+
+    with pytest.raises(type(bug)) as caught:
+        run_command("x.py", work)
     assert caught.value is bug
-    assert getattr(bug, "__notes__", []) == (["fl"] if isinstance(bug, Exception) else [])
-    assert run.failed == []
+    assert bug.__notes__ == ["round 1, hospital mri", "fl"]
     assert capsys.readouterr().err == ""
 
 
@@ -249,14 +229,6 @@ def test_it_is_said_who_trains_on_how_many_cases():
     ]
 
 
-def test_an_error_is_explained_from_the_outside_in():
-    error = DataError("missing")
-    assert explain(error) == "missing"
-    error.add_note("round 3")
-    error.add_note("fl, seed 1")
-    assert explain(error) == "fl, seed 1: round 3: missing"
-
-
 def test_what_is_foreseen():
     foreseen = [DataError(), FloatingPointError(), OSError(), ConnectionError(), MemoryError()]
     assert all(map(is_foreseen, foreseen))
@@ -265,13 +237,14 @@ def test_what_is_foreseen():
 
 
 def test_streams_print_what_a_terminal_cannot_show(monkeypatch):
-    raw = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
-    monkeypatch.setattr(sys, "stderr", io.StringIO())  # not a file: left alone
+    for name in ("stdout", "stderr"):
+        raw = io.BytesIO()
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(raw, encoding="ascii"))
+        use_any_characters()
+        print("s\udcff α", flush=True, file=getattr(sys, name))
+        assert raw.getvalue() == b"s\\udcff \\u03b1\n"
+    monkeypatch.setattr(sys, "stdout", io.StringIO())  # not a file: left alone
     use_any_characters()
-    print("s\udcff α", flush=True)
-    print("α", file=sys.stderr)
-    assert (raw.getvalue(), sys.stderr.getvalue()) == (b"s\\udcff \\u03b1\n", "α\n")
 
 
 # --------------------------------------------------------------------------------------- exit codes
@@ -295,14 +268,17 @@ def raising(error, *notes):
     return work
 
 
-def test_work_that_is_done_gives_its_own_code():
-    assert run_command("x.py", lambda: None) == 0
-    assert run_command("x.py", lambda: 3) == 3
-
-
-def test_bad_input_takes_one_line_and_exit_code_2(capsys):
-    assert run_command("x.py", raising(DataError("a/b.nii.gz: missing"))) == 2
-    assert capsys.readouterr().err == "x.py: a/b.nii.gz: missing\n"
+@pytest.mark.parametrize(
+    ("work", "code", "message"),
+    [
+        (lambda: None, 0, ""),
+        (lambda: 3, 3, ""),
+        (raising(DataError("a/b.nii.gz: missing")), 2, "x.py: a/b.nii.gz: missing\n"),
+    ],
+)
+def test_bad_input_takes_one_line_and_exit_code_2(work, code, message, capsys):
+    assert run_command("x.py", work) == code
+    assert capsys.readouterr().err == message
 
 
 @pytest.mark.parametrize(
@@ -325,31 +301,15 @@ def test_a_run_that_failed_says_where_and_takes_exit_code_1(error, message, caps
     assert hint == "and so on"
 
 
-@pytest.mark.parametrize(
-    "bug",
-    [AttributeError("no such layer"), RuntimeError("mat1 and mat2"), ValueError("x"), KeyError()],
-)
-def test_a_bug_keeps_its_traceback(bug, capsys):
-    with pytest.raises(type(bug)) as caught:
-        run_command("x.py", raising(bug, "round 1, hospital mri"))
-    assert caught.value is bug
-    assert caught.value.__notes__ == ["round 1, hospital mri"]
-    assert capsys.readouterr().err == ""
-
-
-def wait_to_be_stopped():
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        time.sleep(0.01)
-    pytest.fail("nobody stopped it")
-
-
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_is_stopped_says_how_to_go_on(stop, capsys):
-    timer = threading.Timer(0.2, os.kill, (os.getpid(), stop))
-    timer.start()
-    assert run_command("x.py", wait_to_be_stopped, "; and so on") == 130
-    timer.join()
+    def work():
+        with Progress({"fl": 1}) as run, run.attempt("fl"):
+            os.kill(os.getpid(), stop)
+            time.sleep(20)
+            pytest.fail("nobody stopped it")
+
+    assert run_command("x.py", work, "; and so on") == 130
     assert capsys.readouterr().err.strip() == "x.py: stopped; and so on"
 
 

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import write_totalsegmentator
+from torch.utils.data import DataLoader, Dataset
 
 from federated import train_client
+from gin import GIN
 
 PAGE = (Path(__file__).parent.parent / "docs/recipes.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE))
@@ -135,3 +137,40 @@ def test_gin_in_a_flower_client(names):
     found = answer.content["arrays"].to_torch_state_dict()
     assert all(torch.equal(w, found[key]) for key, w in model.state_dict().items())
     assert answer.content["metrics"]["num-examples"] == 12
+
+
+def test_gamma_leaves_a_patch_of_air_and_nan_is_blamed_on_its_maker(names):
+    run("Another augmentation in GIN's place", names)
+    images = torch.cat([torch.full((1, 1, 4, 4, 4), -1.5), torch.rand(1, 1, 4, 4, 4)])
+    brightened, _ = names["gamma"](images, None, torch.Generator().manual_seed(0))
+    assert torch.equal(brightened[0], images[0])
+    assert not torch.allclose(brightened[1], images[1])
+    assert brightened.isfinite().all()
+
+    def broken(images, labels, draws):
+        return images / 0, labels
+
+    clients = names["augmented"](names["clients"], broken)
+    with pytest.raises(FloatingPointError, match="^broken made NaN or infinite values$"):
+        list(clients["mri"].batches(1))
+
+
+class Redrawn(Dataset):
+    def __init__(self, layer):
+        self.layer = layer
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return self.layer(torch.linspace(-1, 1, 64).view(1, 1, 4, 4, 4))
+
+
+@pytest.mark.parametrize("seed", [1, None])
+def test_gin_takes_no_generator_in_the_workers_of_a_data_loader(seed):
+    """With one, both workers draw alike, and again so in every epoch."""
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    loader = DataLoader(Redrawn(GIN(generator=generator)), batch_size=None, num_workers=2)
+    drawn = [image for _ in range(2) for image in loader]
+    alike = [torch.equal(drawn[0], other) for other in drawn[1:]]
+    assert alike == [seed is not None] * 3

@@ -22,34 +22,25 @@ from study.tables import (
 )
 
 ORGANS = ("liver", "spleen")
-ABOUT = {"seed": 1, "arm": "fl", "ratio": "", "p": None, "hospital": "mri", "scanner": "own"}
-ABOUT |= {"case": "x", "modality": "mri"}
+OF_CASE = {"hospital": "mri", "scanner": "own"}
 
 
 def result(seed, modality, arm="fl", case="x", **dices):
-    """Rows of a case, one an organ: Dice d, HD95 10 d, NSD d / 2; None for an absent organ.
+    """Rows of a case, one per organ: Dice d, HD95 10 d, NSD d / 2; None for an absent organ.
 
-    arm: a name, or a name, a ratio and a share.
+    arm: a name, or a name, a ratio and p.
     """
-    found = {
-        organ: {"outcome": "scored", "dice": d, "hd95": 10 * d, "nsd": d / 2}
-        if d is not None
-        else {"outcome": "absent"}
-        for organ, d in dices.items()
-    }
+    found = {organ: {"outcome": "absent"} for organ in dices}
+    for organ, d in dices.items():
+        if d is not None:
+            found[organ] = {"outcome": "scored", "dice": d, "hd95": 10 * d, "nsd": d / 2}
     name, ratio, p = (arm, "", None) if isinstance(arm, str) else arm
-    about = {"seed": seed, "modality": modality, "arm": name, "ratio": ratio, "p": p, "case": case}
-    return score_rows({**ABOUT, **about}, found)
+    row = {"seed": seed, "modality": modality, "arm": name, "ratio": ratio, "p": p, "case": case}
+    return score_rows({**OF_CASE, **row}, found)
 
 
 def cells(line):
     return [cell.strip() for cell in line.strip("|").split("|")]
-
-
-def test_means_leave_out_what_was_not_scored():
-    assert mean([1.0, math.nan, 4.0]) == 2.5
-    assert math.isnan(mean([math.nan]))
-    assert math.isnan(mean([]))
 
 
 def test_means_and_deviations_by_hand():
@@ -74,7 +65,10 @@ def test_means_and_deviations_by_hand():
     assert rows[8:] == [["MRI / CT Dice", "liver"], ["-" * 13, "-" * 11], ["fl", "0.40 / 0.90"]]
 
 
-def test_the_table_shows_what_was_not_scored():
+def test_what_was_not_scored_is_left_out():
+    assert mean([1.0, math.nan, 4.0]) == 2.5
+    assert math.isnan(mean([math.nan]))
+    assert math.isnan(mean([]))
     rows = [cells(line) for line in tables(result(1, "ct", liver=0.5), ["liver"]).splitlines()]
     assert rows[2] == ["fl", "–", "0.500", "0 / 1", "0 / 0", "0 / 0"]
     assert rows[-1] == ["fl", "– / 0.50"]
@@ -97,8 +91,7 @@ def test_tables_fit_a_terminal_of_100_columns():
     assert "fedgin 1:5 p=0.25 − centralized+gin" in shown
     assert max(map(len, shown.splitlines())) == 100
     found = [{**row, "ratio": ""} for row in found]
-    other = [{**row, "hospital": "far", "scanner": "other"} for row in found]
-    assert max(map(len, screen(found + other, ALL_ORGANS).splitlines())) == 99
+    assert max(map(len, screen(found + of_other(found), ALL_ORGANS).splitlines())) == 99
 
 
 def test_what_was_missed_counts_and_what_is_unlabelled_does_not():
@@ -127,9 +120,8 @@ def test_a_paired_difference_by_hand():
     assert (low, middle, high) == pytest.approx((0.1, 0.2, 0.3))
     assert paired_difference(b, a, "mri") == pytest.approx((-0.3, -0.2, -0.1))
     assert all(map(math.isnan, paired_difference(a, b, "ct")))
-    assert all(
-        map(math.isnan, paired_difference(on_cases("a", (1,)) * 2, on_cases("a", (1,)), "mri"))
-    )
+    one = on_cases("a", (1,))
+    assert all(map(math.isnan, paired_difference(one * 2, one, "mri")))
 
 
 def test_a_paired_difference_averages_seeds_then_cases_then_organs():
@@ -143,17 +135,28 @@ def test_a_paired_difference_averages_seeds_then_cases_then_organs():
     assert middle == pytest.approx((liver + 0.25) / 2)
 
 
-def test_cases_of_two_hospitals_may_have_one_id():
-    a, b = (
-        on_cases(arm, here) + [{**row, "hospital": "there"} for row in on_cases(arm, there)]
-        for arm, here, there in (("a", (0.6,), (0.9,)), ("b", (0.5,), (0.6,)))
-    )
-    assert paired_difference(a, b, "mri") == pytest.approx((0.1, 0.2, 0.3))
+def elsewhere(rows, hospital="there", scanner="own"):
+    return [{**row, "hospital": hospital, "scanner": scanner} for row in rows]
 
 
-def test_seeds_and_cases_that_only_one_arm_has_do_not_count():
-    a = on_cases("a", (0.6, 0.9, 0.1)) + on_cases("a", (0.0, 0.0), seed=2)
-    b = on_cases("b", (0.5, 0.6)) + on_cases("b", (1.0,), seed=3)
+def of_other(rows):
+    return elsewhere(rows, "far", "other")
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        (  # cases of two hospitals may have one id
+            on_cases("a", (0.6,)) + elsewhere(on_cases("a", (0.9,))),
+            on_cases("b", (0.5,)) + elsewhere(on_cases("b", (0.6,))),
+        ),
+        (  # a seed or case that only one arm has does not count
+            on_cases("a", (0.6, 0.9, 0.1)) + on_cases("a", (0.0, 0.0), seed=2),
+            on_cases("b", (0.5, 0.6)) + on_cases("b", (1.0,), seed=3),
+        ),
+    ],
+)
+def test_a_case_is_compared_with_itself(a, b):
     assert paired_difference(a, b, "mri") == pytest.approx((0.1, 0.2, 0.3))
 
 
@@ -170,7 +173,7 @@ def test_the_interval_is_scipys():
 
 
 def test_comparisons_by_hand():
-    """By the fields of a training: of the arms beside FedGIN, those at its ratio and share."""
+    """By the fields of a training: of the arms beside FedGIN, those at its ratio and p."""
     arms = {
         ("mri-only", "", None): 0.1,
         ("fl", "1:5", None): 0.5,
@@ -203,28 +206,17 @@ def test_comparisons_by_hand():
     assert "not distinguishable" not in comparisons(alone)
 
 
-def test_comparisons_where_all_cases_take_part():
+def test_comparisons_where_all_cases_take_part_and_over_seeds():
     arms = {("ct-only", "", None): 0.1, ("fedgin", "", 1.0): 0.5, ("fl", "1:5", None): 0.2}
     found = [row for arm, d in arms.items() for row in on_cases(arm, (d, d), "ct")]
+    found += on_cases(("fedgin", "", 1.0), (0.7, 0.7), "ct", seed=2)
+    found += on_cases(("ct-only", "", None), (0.1, 0.1), "ct", seed=2)
     rows = [cells(line) for line in comparisons(found).splitlines()]
-    assert rows[2:] == [["fedgin p=1 − ct-only", "–", "+0.400 [0.400, 0.400]"]]
-
-
-def test_seeds_of_a_training_are_compared_together():
-    found = []
-    for seed, d in ((1, 0.1), (2, 0.3)):
-        found += on_cases(("fedgin", "1:5", 1.0), (0.5 + d, 0.5 + d), seed=seed)
-        found += on_cases(("fl", "1:5", None), (0.5, 0.5), seed=seed)
-    rows = [cells(line) for line in comparisons(found).splitlines()]
-    assert rows[2:] == [["fedgin 1:5 p=1 − fl", "+0.200 [0.200, 0.200]", "–"]]
-
-
-# -------------------------------------------------------------------------------- rows, and screens
+    assert rows[2:] == [["fedgin p=1 − ct-only", "–", "+0.500 [0.500, 0.500]"]]
 
 
 def test_own_and_other_scanners_have_tables_of_their_own():
-    own, other = on_cases("fl", (0.25, 0.25)), on_cases("fl", (0.75, 0.75))
-    other = [{**row, "hospital": "far", "scanner": "other"} for row in other]
+    own, other = on_cases("fl", (0.25, 0.25)), of_other(on_cases("fl", (0.75, 0.75)))
     lines = details(own + other, ORGANS[:1]).splitlines()
     assert lines[0] == "### Scanners of the hospitals that train: mri"
     assert cells(lines[4])[:2] == ["fl", "0.250"]
@@ -232,10 +224,6 @@ def test_own_and_other_scanners_have_tables_of_their_own():
     assert cells(lines[second + 4])[:2] == ["fl", "0.750"]
     assert details(other, ORGANS[:1]).splitlines() == lines[second:]
     assert details([], ORGANS) == ""
-
-
-def of_other(rows):
-    return [{**row, "hospital": "far", "scanner": "other"} for row in rows]
 
 
 def test_the_screen_by_hand():
@@ -268,13 +256,12 @@ def test_the_screen_has_columns_of_scanners_that_were_tested_on_and_compares_on_
     fl, gin = ("fl", "1:5", None), ("fedgin", "1:5", 1.0)
     own = on_cases(fl, (0.25, 0.25), "ct") + on_cases(gin, (0.5, 0.5), "ct")
     other = of_other(on_cases(fl, (0.75, 0.75)) + on_cases(gin, (0.5, 0.5)))
-    of_own, of_others = ["CT own"], ["MRI other"]
     on_own = ["fedgin 1:5 p=1 − fl", "–", "+0.250 [0.250, 0.250]"]
     on_other = ["fedgin 1:5 p=1 − fl", "-0.250 [-0.250, -0.250]", "–"]
     for found, columns, scanner, compared in (
-        (own, of_own, "own", on_own),
-        (own + other, [*of_own, *of_others], "own", on_own),
-        (other, of_others, "other", on_other),
+        (own, ["CT own"], "own", on_own),
+        (own + other, ["CT own", "MRI other"], "own", on_own),
+        (other, ["MRI other"], "other", on_other),
     ):
         table, comparison = screen(found, ORGANS[:1]).split("\n\n")
         assert cells(table.splitlines()[0]) == ["Dice", *columns, "missed"]
@@ -284,19 +271,8 @@ def test_the_screen_has_columns_of_scanners_that_were_tested_on_and_compares_on_
     assert cells(screen([], ORGANS).splitlines()[0]) == ["Dice", "missed"]
 
 
-def test_rows_keep_the_order_in_which_scores_come():
-    order = [("fl", "1:5", None), ("mri-only", "", None), ("fl", "1:1", None), ("fedgin", "", 0.5)]
-    found = [row for arm in order for row in on_cases(arm, (0.5,))]
-    labels = [Training(1, *arm).label for arm in order]
-    lines = screen(found, ORGANS[:1]).split("\n\n")[0].splitlines()
-    assert [cells(line)[0] for line in lines[2:]] == labels
-    assert list(summarize(found, ORGANS[:1])) == labels
-
-
 def test_a_score_has_a_column_for_everything_that_is_known_of_it():
-    [row] = result(7, "ct", ("fedgin", "1:5", 0.25), liver=0.1 + 0.2)
-    assert set(row) == set(SCORE)
-    assert training_of(row) == Training(7, "fedgin", "1:5", 0.25)
+    [row] = result(7, "ct", ("fedgin", "1:5", 0.25), liver=0.3)
     [absent] = result(7, "ct", liver=None)
-    assert set(absent) == set(SCORE)
-    assert all(math.isnan(absent[metric]) for metric in ("dice", "hd95", "nsd"))
+    assert set(row) == set(absent) == set(SCORE)
+    assert training_of(row) == Training(7, "fedgin", "1:5", 0.25)
