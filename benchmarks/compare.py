@@ -58,7 +58,7 @@ def phantom_clients(
     p: probability of GIN; steps: batches that a hospital trains on in a round.
     """
     config, training = Config("complete"), Training(0, "fedgin", p=p)
-    held = [phantom_case(config, 0, "ct", index, "own") for index in range(cases)]
+    held = [phantom_case(config, 0, "ct", index, "seen") for index in range(cases)]
     clients = {}
     for k in range(hospitals):
         name, n_steps = f"hospital {k + 1}", steps or config.local_steps

@@ -6,17 +6,17 @@ are no substitute for patients, and a Dice measured on them says nothing about a
 
     from scans.phantom import make_phantom
     image, labels = make_phantom(seed=42, modality="mri", index=0)  # (32, 32, 32) float32 and uint8
-    image, labels = make_phantom(42, "ct", 0, scanner="other")  # another patient on another scanner
+    image, labels = make_phantom(42, "ct", 0, scanner="unseen")  # another patient and scanner
 
-A hospital trains on its own scanner. The other one is for tests, as AMOS22 is to a network that was
+Hospitals train on the seen scanner. The unseen one is for tests, as AMOS22 is to a network that was
 trained on TotalSegmentator; its anatomy has the same distribution. It was set from the literature
 (named beside TISSUES and the renderers) before any network had seen it:
 
-                               own                         other
+                               seen                        unseen
     CT contrast phase          portal venous               native, late arterial or delayed
     CT kernel (Gaussian)       0.5 voxels                  0.8 voxels: softer
     CT noise                   10 HU, white                15 HU, correlated over 0.8 voxels
-    MRI share of T2 weighting  Beta(0.5, 0.5): most near   0.4 to 0.6: neither T1 nor T2, where own
+    MRI share of T2 weighting  Beta(0.5, 0.5): most near   0.4 to 0.6: neither T1 nor T2, where seen
                                0 (T1) or 1 (T2)            has one case in eight
     MRI signal of fat          0.35 to 1 of it left        0 to 0.2: suppressed
     MRI bias field             0.25 (log, deviation)       0.5
@@ -92,7 +92,7 @@ ANATOMY = (
 
 
 def make_phantom(
-    seed: int, modality: str, index: int, scanner: str = "own"
+    seed: int, modality: str, index: int, scanner: str = "seen"
 ) -> tuple[np.ndarray, np.ndarray]:
     """Make one case: the image, (SIZE, SIZE, SIZE) float32, and its labels, the same in uint8.
 
@@ -100,13 +100,13 @@ def make_phantom(
     Axes run from the patient's left to right, back to front and feet to head (nibabel's RAS+, in
     which scans are read: the liver lies at large x), SPACING mm a voxel. The same arguments give
     the same case; scanners share no patient. Raises ValueError for a modality other than "ct" and
-    "mri", and for a scanner other than "own" and "other".
+    "mri", and for a scanner other than "seen" and "unseen".
     """
     if modality not in ("ct", "mri"):
         raise ValueError(f'modality must be "ct" or "mri", not {modality!r}')
-    if scanner not in ("own", "other"):
-        raise ValueError(f'scanner must be "own" or "other", not {scanner!r}')
-    other = scanner == "other"
+    if scanner not in ("seen", "unseen"):
+        raise ValueError(f'scanner must be "seen" or "unseen", not {scanner!r}')
+    other = scanner == "unseen"
     rng = np.random.default_rng([seed, ("ct", "mri").index(modality) + 2 * other, index])
     tissues = _draw_anatomy(rng)
     render = _render_ct if modality == "ct" else _render_mri

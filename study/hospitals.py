@@ -103,7 +103,7 @@ def find_sources(config: Config) -> list[Source]:
     named += [(folder, "ct") for folder in config.ct]
     named += [(folder, "") for folder in config.test]
     if config.on_phantoms:
-        named = [("mri", "mri"), ("ct", "ct"), ("other-scanner", "")]
+        named = [("mri", "mri"), ("ct", "ct"), ("unseen-scanner", "")]
     names = [os.path.basename(os.path.abspath(folder)) for folder, _ in named]
     names = [n if names.count(n) == 1 else f"{n}-{i}" for i, n in enumerate(names, start=1)]
     sources = []
@@ -159,7 +159,7 @@ def phantom_hospitals(config: Config, seed: int, sources: Sequence[Source]) -> l
     hospitals = []
     for source in sources:
         parts: dict[str, list[PreparedCase]] = {split: [] for split in SPLITS}
-        scanner = "own" if source.modality else "other"
+        scanner = "seen" if source.modality else "unseen"
         for split in SPLITS if source.modality else ("test",):
             for modality in (source.modality,) if source.modality else ("mri", "ct"):
                 for index in PHANTOM_SPLITS[split]:

@@ -127,7 +127,7 @@ class TrainingFolder:
     def keep_scores(self, hospital: Hospital, case: PreparedCase, scores: Mapping) -> None:
         """Add the scores of a test case, {organ: what score_case gives}."""
         of_case = {**dataclasses.asdict(self.training), "hospital": hospital.name}
-        of_case["scanner"] = "own" if hospital.modality else "other"
+        of_case["scanner"] = "seen" if hospital.modality else "unseen"
         of_case |= {"case": case.id, "modality": case.modality}
         self._write_scores(self.scores() + tables.score_rows(of_case, scores))
 

@@ -17,7 +17,7 @@ from study.config import Training
 METRICS = ("dice", "hd95", "nsd")
 TRAINING = ("seed", "arm", "ratio", "p")
 SCORE = (*TRAINING, "hospital", "scanner", "case", "modality", "organ", "outcome", *METRICS)
-SCANNERS = {"own": "of the hospitals that train", "other": "of others"}
+SCANNERS = ("seen", "unseen")  # scanners of the hospitals that train, and others
 Score = Mapping[str, Any]
 Cell = tuple[float, float]  # a mean and its deviation over seeds
 
@@ -93,17 +93,17 @@ def screen(scores: Sequence[Score], organs: Sequence[str]) -> str:
 
 
 def by_scanner(scores: Sequence[Score]) -> dict[str, list[Score]]:
-    """The scores of own and other scanners, without empty parts."""
+    """The scores of seen and unseen scanners, without empty parts."""
     parts = {s: [score for score in scores if score["scanner"] == s] for s in SCANNERS}
     return {scanner: part for scanner, part in parts.items() if part}
 
 
 def details(scores: Sequence[Score], organs: Sequence[str]) -> str:
-    """All tables of a run: of test cases of the hospitals that train, then of others."""
+    """All tables of a run: of test cases from seen scanners, then from unseen ones."""
     texts = []
     for scanner, part in by_scanner(scores).items():
         names = ", ".join(dict.fromkeys(score["hospital"] for score in part))
-        texts.append(f"### Scanners {SCANNERS[scanner]}: {names}")
+        texts.append(f"### {scanner.capitalize()} scanners: {names}")
         texts += [tables(part, organs), comparisons(part)]
     return "\n\n".join(filter(None, texts))
 

@@ -159,7 +159,7 @@ def keep(folder, config, dice):
             score = {"outcome": "scored", "dice": value * share, "hd95": 1.0, "nsd": 1.0}
             case = PreparedCase("16", modality, None, None, None, None)
             scores = dict.fromkeys(config.organs, score)
-            folder.keep_scores(Hospital(name or "other", name, (), (), ()), case, scores)
+            folder.keep_scores(Hospital(name or "unseen", name, (), (), ()), case, scores)
     folder.finish(Checkpoint())
 
 

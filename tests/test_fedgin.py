@@ -120,7 +120,7 @@ def test_a_run_leaves_what_it_promises(phantom_run):
     assert len(scores) == 3 * 2 * 2 * (8 + 8) * 5
     found = {(row["arm"], row["ratio"], row["p"]) for row in scores}
     assert found == {("mri-only", "", ""), ("fedgin", "1:1", "1.0"), ("fedgin", "all", "1.0")}
-    assert {row["scanner"] for row in scores if row["hospital"] == "other-scanner"} == {"other"}
+    assert {row["scanner"] for row in scores if row["hospital"] == "unseen-scanner"} == {"unseen"}
     history = rows_of(phantom_run / "history.csv")
     own = [row for t in trainings for row in rows_of(phantom_run / t / "history.csv")]
     whole, parts = (
@@ -131,7 +131,7 @@ def test_a_run_leaves_what_it_promises(phantom_run):
     assert "PHANTOMS" in report.splitlines()[0]
     assert "NOT FINISHED" not in report
     assert "| fedgin 1:1 p=1 " in report
-    assert "### Scanners of others: other-scanner" in report
+    assert "### Unseen scanners: unseen-scanner" in report
     assert len(history) == 3 * 2 * 2  # arms, seeds, rounds
     assert {row["round"] for row in history} == {"1", "2"}
     for row in history:
@@ -618,7 +618,7 @@ def test_the_screen_says_who_trains_on_what(tmp_path, quick, capsys):
     assert lines[first : first + 7] == [
         "mri: 12 cases to train, 4 to validate, 8 to test",
         "ct: 12 cases to train, 4 to validate, 8 to test",
-        "other-scanner: 0 cases to train, 0 to validate, 16 to test",
+        "unseen-scanner: 0 cases to train, 0 to validate, 16 to test",
         "fl 1:1:                     training cases: mri 3, ct 3",
         "fl 1:5:                     training cases: mri 3, ct 12",
         "centralized 1:1:            training cases: mri 3, ct 3",
@@ -1113,7 +1113,7 @@ def test_a_test_folder_is_only_tested_on(tmp_path, ct_folder, mri_folder):
     args = ["--ct", ct_folder, "--mri", mri_folder, "--test", held_out, "--spacing", 12]
     assert command(*args, "--arms", "fl", "--out", tmp_path / "out") == 0
     found = rows_of(tmp_path / "out/scores.csv")
-    assert {row["scanner"] for row in found} == {"other"}
+    assert {row["scanner"] for row in found} == {"unseen"}
     assert {(r["hospital"], r["case"]) for r in found} == {
         ("held_out", "s0000"),
         ("held_out", "s0001"),

@@ -63,9 +63,9 @@ def ids_of(hospital):
 
 def test_phantoms_make_a_hospital_of_each_modality_and_a_scanner_that_is_tested_on_only():
     mri, ct, other = on_phantoms(5)
-    assert (other.name, other.modality, other.train, other.val) == ("other-scanner", "", [], [])
-    expected = [("own", "mri", i) for i in range(24)], [("own", "ct", i) for i in range(24)]
-    expected += ([("other", m, i) for m in ("mri", "ct") for i in range(16, 24)],)
+    assert (other.name, other.modality, other.train, other.val) == ("unseen-scanner", "", [], [])
+    expected = [("seen", "mri", i) for i in range(24)], [("seen", "ct", i) for i in range(24)]
+    expected += ([("unseen", m, i) for m in ("mri", "ct") for i in range(16, 24)],)
     for hospital, phantoms in zip((mri, ct, other), expected, strict=True):
         if hospital.modality:
             assert (hospital.name, hospital.modality) == (phantoms[0][1],) * 2
@@ -105,7 +105,7 @@ def test_each_seed_has_patients_of_its_own(monkeypatch):
     by_seed, _ = load_hospitals(Config(seeds=(5, 6)), needed=("mri", "ct"))
     for seed, hospitals in by_seed.items():
         labels = [hospital.test[0].read_volume().labels for hospital in hospitals]
-        expected = [(seed, "mri", 0, "own"), (seed, "ct", 0, "own"), (seed, "mri", 0, "other")]
+        expected = [(seed, "mri", 0, "seen"), (seed, "ct", 0, "seen"), (seed, "mri", 0, "unseen")]
         for found, phantom in zip(labels, expected, strict=True):
             np.testing.assert_array_equal(found, make_phantom(*phantom)[1])
     for one, two in zip(by_seed[5], by_seed[6], strict=True):
@@ -267,7 +267,7 @@ def test_the_record_says_which_case_went_where_and_changes_with_its_files(tmp_pa
     assert moved == changed
     phantoms = record(on_phantoms(5))
     assert (phantoms["ct ct phantom5-13"], phantoms["mri mri phantom5-11"]) == ("val", "train")
-    assert (phantoms["other-scanner ct phantom5-16"], len(phantoms)) == ("test", 64)
+    assert (phantoms["unseen-scanner ct phantom5-16"], len(phantoms)) == ("test", 64)
 
 
 def test_scans_without_any_organ_are_tested_on_only(tmp_path):

@@ -46,17 +46,17 @@ def anatomy(rng):
 
 
 def ct(tissue, rng, scanner):
-    phase = PORTAL if scanner == "own" else [NATIVE, ARTERIAL, DELAYED][rng.integers(0, 3)]
+    phase = PORTAL if scanner == "seen" else [NATIVE, ARTERIAL, DELAYED][rng.integers(0, 3)]
     values = phase + rng.normal(0, 12, len(NAMES))
     values[NAMES.index("air")] = -1000
-    if scanner == "own":
+    if scanner == "seen":
         return blur(values[tissue], 0.5, "symmetric") + rng.normal(0, 10, tissue.shape)
     [noise] = smooth_noise(rng, 1, 0.8)
     return blur(values[tissue], 0.8, "symmetric") + 15 * noise
 
 
 def mri(tissue, rng, scanner):
-    own = scanner == "own"
+    own = scanner == "seen"
     share = rng.beta(0.5, 0.5) if own else 0.4 + 0.2 * rng.random()
     values = T1 + share * (T2 - T1)
     values = values * np.minimum(np.maximum(rng.normal(1, 0.2, len(NAMES)), 0.5), 1.5)
@@ -69,7 +69,7 @@ def mri(tissue, rng, scanner):
     return image * rng.uniform(200, 1000)
 
 
-@pytest.mark.parametrize("scanner", ["own", "other"])
+@pytest.mark.parametrize("scanner", ["seen", "unseen"])
 @pytest.mark.parametrize("render", [ct, mri])
 @pytest.mark.parametrize("index", [2, 12])  # own MRI: a tissue darkened, brightened to the limit
 def test_equals_phantoms_made_point_by_point(render, index, scanner):
@@ -77,7 +77,7 @@ def test_equals_phantoms_made_point_by_point(render, index, scanner):
     image, labels = make_phantom(*case)
     assert image.shape == labels.shape == (SIZE,) * 3
     assert (image.dtype, labels.dtype) == (np.float32, np.uint8)
-    kinds = [("ct", "own"), ("mri", "own"), ("ct", "other"), ("mri", "other")]
+    kinds = [("ct", "seen"), ("mri", "seen"), ("ct", "unseen"), ("mri", "unseen")]
     rng = np.random.default_rng([7, kinds.index((render.__name__, scanner)), index])
     tissue = anatomy(rng)
     assert np.array_equal(labels, np.where(tissue > len(ORGANS), 0, tissue))
@@ -96,7 +96,7 @@ def test_equals_phantoms_made_point_by_point(render, index, scanner):
 def test_the_phantoms_of_docs_results_stay_what_they_are_to_the_bit(case, digest):
     image, labels = make_phantom(*case)
     assert hashlib.sha256(image.tobytes() + labels.tobytes()).hexdigest().startswith(digest)
-    assert np.array_equal(image, make_phantom(*case, scanner="own")[0])
+    assert np.array_equal(image, make_phantom(*case, scanner="seen")[0])
     assert ORGANS == ("liver", "kidneys", "spleen", "pancreas", "gallbladder")
     assert SIZE * SPACING == 288  # mm
 
@@ -127,13 +127,13 @@ def test_axes_run_left_to_right_back_to_front_and_feet_to_head():
 
 def test_cases_differ_by_seed_modality_index_and_scanner():
     own = [(1, "ct", 0), (2, "ct", 0), (1, "mri", 0), (1, "ct", 1)]
-    cases = [make_phantom(*case, scanner)[1] for scanner in ("own", "other") for case in own]
+    cases = [make_phantom(*case, scanner)[1] for scanner in ("seen", "unseen") for case in own]
     for i in range(8):
         for j in range(i):
             assert (cases[i] != cases[j]).any()
 
 
-@pytest.mark.parametrize("scanner", ["own", "other"])
+@pytest.mark.parametrize("scanner", ["seen", "unseen"])
 def test_every_case_has_every_organ_at_a_plausible_size(scanner):
     for modality in ("ct", "mri"):
         for index in range(24):
@@ -161,5 +161,7 @@ def test_another_modality_or_scanner_is_refused():
     with pytest.raises(ValueError, match='modality must be "ct" or "mri", not \'pet\''):
         make_phantom(1, "pet", 0)
     for scanner in ("third", "", None):
-        with pytest.raises(ValueError, match=f'scanner must be "own" or "other", not {scanner!r}'):
+        with pytest.raises(
+            ValueError, match=f'scanner must be "seen" or "unseen", not {scanner!r}'
+        ):
             make_phantom(1, "ct", 0, scanner)

@@ -255,9 +255,9 @@ def test_scores_are_a_row_an_organ_and_go_on_after_the_last_case(run):
     assert run.folder(FL).n_tested() == 0
     folder.finish(checkpoint(2))
     found, training = again(folder).scores(), {"seed": 1, "arm": "fedgin", "ratio": "", "p": 1.0}
-    liver = {"hospital": "mri", "scanner": "own", "case": "b", "modality": "mri", "organ": "liver"}
+    liver = {"hospital": "mri", "scanner": "seen", "case": "b", "modality": "mri", "organ": "liver"}
     assert found[0] == {**training, **liver, **scores(0.1 + 0.2)["liver"]}
-    spleen = {"hospital": "far", "scanner": "other", "case": "x", "modality": "ct"}
+    spleen = {"hospital": "far", "scanner": "unseen", "case": "x", "modality": "ct"}
     spleen |= {**training, "organ": "spleen", "outcome": "absent"}
     assert {key: found[3][key] for key in spleen} == spleen
     assert all(math.isnan(found[3][metric]) for metric in ("dice", "hd95", "nsd"))
@@ -338,7 +338,7 @@ def test_a_run_leaves_what_it_promises(config):
     assert report.endswith(f"\n\nAll tables: {run.out / 'results.md'}")
     text = (run.out / "results.md").read_text()
     assert text.startswith(report.rsplit("\n\n", 1)[0])
-    assert "### Scanners of the hospitals that train: mri\n" in text
+    assert "### Seen scanners: mri\n" in text
     cases = [f"    {t.label}, seed {t.seed}: {{'mri': 2, 'ct': 10}}\n" for t in order]
     assert text.endswith("Training cases:\n\n" + "".join(cases))
 

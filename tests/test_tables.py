@@ -22,7 +22,7 @@ from study.tables import (
 )
 
 ORGANS = ("liver", "spleen")
-OF_CASE = {"hospital": "mri", "scanner": "own"}
+OF_CASE = {"hospital": "mri", "scanner": "seen"}
 
 
 def result(seed, modality, arm="fl", case="x", **dices):
@@ -135,12 +135,12 @@ def test_a_paired_difference_averages_seeds_then_cases_then_organs():
     assert middle == pytest.approx((liver + 0.25) / 2)
 
 
-def elsewhere(rows, hospital="there", scanner="own"):
+def elsewhere(rows, hospital="there", scanner="seen"):
     return [{**row, "hospital": hospital, "scanner": scanner} for row in rows]
 
 
 def of_other(rows):
-    return elsewhere(rows, "far", "other")
+    return elsewhere(rows, "far", "unseen")
 
 
 @pytest.mark.parametrize(
@@ -218,16 +218,16 @@ def test_comparisons_where_all_cases_take_part_and_over_seeds():
 def test_own_and_other_scanners_have_tables_of_their_own():
     own, other = on_cases("fl", (0.25, 0.25)), of_other(on_cases("fl", (0.75, 0.75)))
     lines = details(own + other, ORGANS[:1]).splitlines()
-    assert lines[0] == "### Scanners of the hospitals that train: mri"
+    assert lines[0] == "### Seen scanners: mri"
     assert cells(lines[4])[:2] == ["fl", "0.250"]
-    second = lines.index("### Scanners of others: far")
+    second = lines.index("### Unseen scanners: far")
     assert cells(lines[second + 4])[:2] == ["fl", "0.750"]
     assert details(other, ORGANS[:1]).splitlines() == lines[second:]
     assert details([], ORGANS) == ""
 
 
 def test_the_screen_by_hand():
-    """Two seeds; own and other scanners; what an arm lacks; the missed of all of its rows."""
+    """Two seeds; seen and unseen scanners; what an arm lacks; the missed of all of its rows."""
     gin = ("fedgin", "1:5", 1.0)
     found = [
         *result(1, "mri", liver=0.2, spleen=0.4),
@@ -243,7 +243,7 @@ def test_the_screen_by_hand():
     # fl, MRI, seed 1: liver (0.2 + 0) / 2, spleen 0.4; seed 2: (0.6 + 0.8) / 2
     middle, spread = (0.25 + 0.7) / 2, (0.7 - 0.25) / math.sqrt(2)
     assert [cells(line) for line in table.split("\n\n")[0].splitlines()] == [
-        ["Dice", "MRI own", "CT own", "MRI other", "CT other", "missed"],
+        ["Dice", "MRI seen", "CT seen", "MRI unseen", "CT unseen", "missed"],
         ["-" * 14, "-" * 13, "-" * 6, "-" * 9, "-" * 8, "-" * 6],
         ["fl", f"{middle:.3f} ± {spread:.3f}", "0.500", "0.000", "0.500", "2"],
         ["fedgin 1:5 p=1", "0.800", "–", "0.125", "–", "0"],
@@ -259,9 +259,9 @@ def test_the_screen_has_columns_of_scanners_that_were_tested_on_and_compares_on_
     on_own = ["fedgin 1:5 p=1 − fl", "–", "+0.250 [0.250, 0.250]"]
     on_other = ["fedgin 1:5 p=1 − fl", "-0.250 [-0.250, -0.250]", "–"]
     for found, columns, scanner, compared in (
-        (own, ["CT own"], "own", on_own),
-        (own + other, ["CT own", "MRI other"], "own", on_own),
-        (other, ["MRI other"], "other", on_other),
+        (own, ["CT seen"], "seen", on_own),
+        (own + other, ["CT seen", "MRI unseen"], "seen", on_own),
+        (other, ["MRI unseen"], "unseen", on_other),
     ):
         table, comparison = screen(found, ORGANS[:1]).split("\n\n")
         assert cells(table.splitlines()[0]) == ["Dice", *columns, "missed"]

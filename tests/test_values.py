@@ -92,7 +92,7 @@ WAYS = [pytest.param(way, False, id=name) for name, way in NO_HOUNSFIELD.items()
 WAYS += [pytest.param(way, True, id=name) for name, way in HOUNSFIELD.items()]
 
 
-@pytest.mark.parametrize("scanner", ["own", "other"])
+@pytest.mark.parametrize("scanner", ["seen", "unseen"])
 @pytest.mark.parametrize(("change", "fits"), WAYS)
 def test_a_ct_is_in_hounsfield_units_or_refused(change, fits, scanner, tmp_path):
     case = case_of(tmp_path / "ct.nii")
@@ -114,7 +114,7 @@ def test_a_ct_is_in_hounsfield_units_or_refused(change, fits, scanner, tmp_path)
 WITHOUT_FAT = ("a thorax",)
 
 
-@pytest.mark.parametrize("scanner", ["own", "other"])
+@pytest.mark.parametrize("scanner", ["seen", "unseen"])
 @pytest.mark.parametrize("name", [name for name in HOUNSFIELD if name not in WITHOUT_FAT])
 def test_a_ct_that_is_given_as_mri_is_refused(name, scanner, tmp_path):
     case = case_of(tmp_path / "mri.nii", "mri")
@@ -159,7 +159,7 @@ MRI = {
 @pytest.mark.parametrize("change", MRI.values(), ids=MRI)
 def test_an_mri_may_have_any_values(change, tmp_path):
     case = case_of(tmp_path / "mri.nii", "mri")
-    for index, scanner in ((0, "own"), (1, "own"), (0, "other"), (1, "other")):
+    for index, scanner in ((0, "seen"), (1, "seen"), (0, "unseen"), (1, "unseen")):
         save(case.image, change(make_phantom(1, "mri", index, scanner)[0]).astype(np.float32))
         assert read_case(case, ORGANS)[2:] == ([], [])
 

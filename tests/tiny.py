@@ -94,8 +94,8 @@ phantom.make_phantom = small
 for seed in (1, 2):
     for modality in ("mri", "ct"):
         for index in range(5):
-            small(seed, modality, index, "own")
-        small(seed, modality, 4, "other")
+            small(seed, modality, index, "seen")
+        small(seed, modality, 4, "unseen")
 
 def note(name, what):
     keep = getattr(TrainingFolder, name)
