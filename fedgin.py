@@ -121,8 +121,7 @@ def make_clients(
         steps *= len(chosen)
         chosen = {"pooled": [case for cases in chosen.values() for case in cases]}
     return {
-        name: make_client(config, training, name, cases, steps, device)
-        for name, cases in chosen.items()
+        k: make_client(config, training, k, cases, steps, device) for k, cases in chosen.items()
     }
 
 
@@ -280,8 +279,8 @@ def run_training(
         modalities = ARMS[training.arm].modalities
         held_out = hospitals.validation_cases(training.seed, everyone, modalities)
         watched = progress.watch_clients(clients, config.rounds), progress.watch(held_out)
-        rounds = train_arm(config, training, *watched, device, checkpoint)
-        for checkpoint in rounds:
+        trained = train_arm(config, training, *watched, device, checkpoint)
+        for checkpoint in trained:
             folder.keep_round(checkpoint)
             progress.show_round(checkpoint.history[-1])
         progress.show_choice(checkpoint)

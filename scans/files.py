@@ -50,7 +50,10 @@ def names_in(folder: Path) -> dict[str, Path]:
     with reading(folder):
         names = sorted(os.listdir(folder)) if folder.is_dir() else []
     shown = [name for name in names if not name.startswith(".") and name != "__MACOSX"]
-    return {unicodedata.normalize("NFC", name): folder / name for name in shown}
+    found = {unicodedata.normalize("NFC", name): folder / name for name in shown}
+    if len(found) < len(shown):
+        raise DataError(f"{folder}: holds two names that look alike in Unicode; rename one of them")
+    return found
 
 
 def listed(names: Iterable[Any], separator: str = ", ") -> str:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import unicodedata
 import zipfile
 from pathlib import Path
 
@@ -271,6 +272,13 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "listdir", refuse)
     with pytest.raises(DataError, match=f"^{tmp_path}: cannot be read .*Permission denied"):
+        names_in(tmp_path)
+
+
+def test_names_that_look_alike_are_refused(tmp_path):
+    for form in ("NFC", "NFD"):
+        (tmp_path / unicodedata.normalize(form, "é.nii.gz")).touch()
+    with pytest.raises(DataError, match="two names that look alike in Unicode; rename one"):
         names_in(tmp_path)
 
 
