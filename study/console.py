@@ -7,7 +7,7 @@ import math
 import signal
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,16 +21,14 @@ from study.hospitals import Hospital, validation_cases
 from study.results import TrainingFolder
 
 
-def count_steps(
-    folder: TrainingFolder, names: Collection[str], hospitals: Sequence[Hospital]
-) -> int:
-    """Batches and cases until a training is finished; names: of the hospitals that train."""
+def count_steps(folder: TrainingFolder, chosen: Mapping, everyone: Sequence[Hospital]) -> int:
+    """Batches and cases until a training is finished; chosen: {hospital that trains: its cases}."""
     config = folder.config
     rounds = range(len(folder.history()) + 1, config.rounds + 1)
-    modalities = [hospital.modality for hospital in hospitals if hospital.name in names]
-    n_val = len(validation_cases(folder.training.seed, hospitals, modalities))
-    n_test = sum(len(hospital.test) for hospital in hospitals) - folder.n_tested()
-    n_batches = len(rounds) * config.local_steps * len(names)
+    modalities = [hospital.modality for hospital in everyone if hospital.name in chosen]
+    n_val = len(validation_cases(folder.training.seed, everyone, modalities))
+    n_test = sum(len(hospital.test) for hospital in everyone) - folder.n_tested()
+    n_batches = len(rounds) * config.local_steps * len(chosen)
     return n_batches + n_val * sum(map(config.is_validated, rounds)) + n_test
 
 
@@ -119,7 +117,7 @@ class Progress(contextlib.AbstractContextManager):
 
 @contextlib.contextmanager
 def attempt(name: str, failed: list[str]) -> Iterator[None]:
-    """Do a part of the work. If it fails foreseeably, say and note so, and let the next follow."""
+    """Do a part of the work; if it fails foreseeably, print and note why, and go on."""
     try:
         yield
     except Exception as error:
@@ -134,8 +132,7 @@ def describe(config: Config, device: torch.device) -> str:
     """What a run is: its data first, then every setting."""
     first = "FedGIN on scans"
     if config.on_phantoms:
-        what = "without --ct and --mri it trains on synthetic volumes"
-        first = f"FedGIN on PHANTOMS: {what}, whose figures say nothing about patients"
+        first = "FedGIN on PHANTOMS (no --ct, no --mri): its figures say nothing about patients"
     settings = {**dataclasses.asdict(config), "device": f"{device}, torch {torch.__version__}"}
     lines = [
         f"  {key:16} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"

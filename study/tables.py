@@ -172,9 +172,7 @@ def comparisons(scores: Sequence[Score], of: str = "") -> str:
     return _markdown(rows) + note if len(rows) > 1 else ""
 
 
-def paired_difference(
-    a: Iterable[Score], b: Iterable[Score], modality: str
-) -> tuple[float, float, float]:
+def paired_difference(a: Iterable[Score], b: Iterable[Score], modality: str) -> tuple[float, ...]:
     """(low, difference, high) of an arm's Dice over another arm's on the test cases of both.
 
     The difference of a case and organ is averaged over seeds, then over cases, then over organs.
