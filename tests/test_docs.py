@@ -4,6 +4,7 @@ import ast
 import contextlib
 import io
 import re
+import shlex
 import shutil
 import textwrap
 from pathlib import Path
@@ -16,6 +17,7 @@ from conftest import write_totalsegmentator
 from matplotlib import pyplot as plt
 from torch.utils.data import DataLoader, TensorDataset
 
+import fedgin
 import figures
 import gin
 import method_figures
@@ -137,6 +139,50 @@ def test_pictures_of_the_method_and_of_scans(ct_folder, tmp_path):
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"gin.png", "gin-steps.png", "round.svg", "arms.svg"}
     assert [name for name in names if not (ROOT / "docs" / name).is_file()] == []
+
+
+def test_the_differences_from_the_paper_stand_where_the_table_says():
+    rows = re.findall(r"^\| (\d+) \| .* \| (.*) \|$", METHOD, re.MULTILINE)
+    assert [int(number) for number, _ in rows] == list(range(1, 17))
+    for _, places in rows:
+        found = re.findall(r"`([\w/]+\.py)`, `([\w.]+)`", places)
+        assert len(found) == places.count(".py")
+        for file, function in found:
+            assert source_of(file, function)
+
+
+def test_the_tables_of_real_scans_are_made_from_their_scores():
+    results = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    scores = figures.read_scores(ROOT / "docs/real_scans.csv")
+    organs = list(dict.fromkeys(score["organ"] for score in scores))
+    assert len(scores) == 7 * 3 * (10 + 16) * len(organs)  # trainings, seeds, test cases, organs
+    for table in tables.screen(scores, organs).split("\n\n"):
+        assert table in results
+
+
+def test_a_study_of_your_own_is_laid_out_as_the_page_says(tmp_path, monkeypatch, capsys):
+    scans = (ROOT / "docs/scans.md").read_text(encoding="utf-8")
+    layout, table, line = re.findall(
+        r"```\w+\n(.*?)```", scans[scans.index("## A study of your own") :], re.DOTALL
+    )[:3]
+    names = re.findall(r"^data/(ct|mri)/(s\d+)/(.*)$", layout, re.MULTILINE)
+    organs = {file.split("/")[1].split(".")[0] for _, _, file in names if "/" in file}
+    ids = [row.split(",")[0] for row in table.splitlines()[1:]]
+    for modality in ("ct", "mri"):
+        root = write_totalsegmentator(tmp_path / "data" / modality, modality, 3, organs=organs)
+        for i, id_ in enumerate(ids):
+            (root / f"s{i:04d}").rename(root / f"x{id_}")
+        for id_ in ids:
+            (root / f"x{id_}").rename(root / id_)
+        (root / "meta.csv").write_text(table)
+    assert all((tmp_path / "data" / m / id_ / file).is_file() for m, id_, file in names)
+    monkeypatch.chdir(tmp_path)
+    tiny = "--width 2 --depth 2 --patch 16 --spacing 18 --rounds 1 --local-steps 1 --out run"
+    assert fedgin.main([*shlex.split(line)[2:], *tiny.split()]) == 0
+    scores = figures.read_scores(tmp_path / "run/scores.csv")
+    assert {(s["hospital"], s["case"]) for s in scores} == {("ct", ids[-1]), ("mri", ids[-1])}
+    assert {score["organ"] for score in scores} == organs
+    assert "All tables: run/results.md" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------- pictures of a run
