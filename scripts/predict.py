@@ -113,11 +113,11 @@ def predict(
         raise DataError(f"{path}: {what}; move it away, or choose another --out")
     if made and not case.masks:
         return []
-    scan, target = read_usable(case, organs)
+    spacing, window = metadata["spacing"], metadata["normalization"]["ct"]
+    scan, target = read_usable(case, organs, window)
     for warning in scan.warnings:
         tqdm.write(f"WARNING: {case.image}: {warning}", file=sys.stderr)
     if not made:
-        spacing, window = metadata["spacing"], metadata["normalization"]["ct"]
         image = to_model_grid(scan.voxels, scan.spacing, case.modality, spacing, window)
         labels = segment(model, image, metadata["patch"], scan.voxels.shape)
         record["scans"][name] = source

@@ -111,7 +111,8 @@ def load_model(path: Path, device: torch.device) -> tuple[nn.Module, dict]:
             raise ValueError(f"spacing {metadata['spacing']}")
         normalization = {key: tuple(value) for key, value in metadata["normalization"].items()}
         low, high = normalization["ct"]
-        if normalization != {**NORMALIZATION, "ct": (low, high)} or not low < high:
+        is_window = 0 < high - low < float("inf")
+        if normalization != {**NORMALIZATION, "ct": (low, high)} or not is_window:
             raise ValueError(f"it was trained with another normalization: {normalization}")
         if not all(w.dtype == torch.float32 and w.isfinite().all() for w in weights.values()):
             raise ValueError("weights that are not float32 or not finite")

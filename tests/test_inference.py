@@ -1,5 +1,7 @@
 """Devices, precision, whole scans against MONAI, and models that are read or refused."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -237,6 +239,7 @@ def of_mri(low, high):
         ({"spacing": float("nan")}, "spacing nan"),
         (of_mri(1.0, 99.0), "another normalization: {'ct': (-160.0, 240.0), 'mri': (1.0, 99.0)"),
         ({"normalization": {**NORMALIZATION, "ct": (240.0, -160.0)}}, "another normalization"),
+        ({"normalization": {**NORMALIZATION, "ct": (0.0, math.inf)}}, "another normalization"),
         ({"normalization": None}, "'NoneType' object has no attribute"),
     ],
 )

@@ -21,6 +21,7 @@ from conftest import (
 
 from data import NORMALIZATION, to_model_grid
 from evaluate import dice
+from scans import files
 from scans.files import DataError, lock
 from scans.layouts import find_cases
 from scans.nifti import read_nifti
@@ -362,6 +363,16 @@ def test_one_bad_scan_does_not_keep_the_others(
     assert f"FAILED: case_000: {tmp_path / 'in' / name}: {message}" in shown.err
     assert "1 of 2 scans segmented" in shown.out
     assert maps(tmp_path / "out") == ["case_001.nii.gz"]
+
+
+def test_a_checkpoints_window_that_makes_a_ct_constant_is_refused(checkpoint, tmp_path, capsys):
+    content = files.read_pt(checkpoint)
+    content["model"]["normalization"]["ct"] = (3000.0, 4000.0)
+    (tmp_path / "model.pt").write_bytes(files.to_pt(content))
+    write_nnunet(tmp_path / "in", "ct", 1)
+    assert run(tmp_path / "model.pt", tmp_path / "in", tmp_path / "out") == 1
+    assert "the CT window 3000 … 4000 HU makes almost every voxel" in capsys.readouterr().err
+    assert maps(tmp_path / "out") == []
 
 
 def test_a_bug_in_the_network_is_not_a_failed_scan(checkpoint, tmp_path, monkeypatch):
