@@ -10,7 +10,7 @@ are no substitute for patients, and a Dice measured on them says nothing about a
 
 Hospitals train on the seen scanner. The unseen one is for tests, as AMOS22 is to a network that was
 trained on TotalSegmentator; its anatomy has the same distribution. It was set from the literature
-(named beside TISSUES and the renderers) before any network had seen it:
+(named in docs/results.md and beside the renderers) before any network had seen it:
 
                                seen                        unseen
     CT contrast phase          portal venous               native, late arterial or delayed
@@ -50,21 +50,7 @@ TISSUES = {
 CODE = {name: code for code, name in enumerate(TISSUES)}
 NATIVE, ARTERIAL, PORTAL, DELAYED, T1, T2 = np.array(list(TISSUES.values()), dtype=np.float32).T
 
-# Where the phases of the other scanner come from; what no source is named for is a round number
-# within the range that textbooks give. Bile and what is in the stomach take up no contrast medium.
-# Native: liver 56 (Husarik et al., Acad Radiol 18:822, 2011), the spleen below it (Piekarski et
-#   al., Radiology 137:727, 1980, doi:10.1148/radiology.137.3.6934563), bone 11 below its enhanced
-#   value (Pickhardt et al., Osteoporos Int 27:147, 2016).
-# Late arterial, over native: aorta +300 to 336, spleen +97 to 108, liver +15 to 25 (Goshima et al.,
-#   AJR 187:W25, 2006); renal cortex +195 to 217 and medulla 110 to 140 less, two to one (Eur J
-#   Radiol 63:420, 2007, doi:10.1016/j.ejrad.2007.02.005). Pancreas 100 to 111 in all (Stuber et
-#   al., World J Radiol 4:324, 2012, doi:10.4329/wjr.v4.i7.324). Bowel wall little above portal
-#   (Horton et al., J Comput Assist Tomogr 24:67, 2000).
-# Delayed, 3 min: aorta +75, a round number, thus plasma +125 at a hematocrit of 0.4. An organ gains
-#   its extracellular share: 0.3 in liver, spleen and pancreas (measured in the pancreas: 0.25 to
-#   0.28; Tirkes et al., Abdom Radiol 44:3133, 2019, doi:10.1007/s00261-019-02071-7).
-# Arterial and delayed: muscle +6.4 and +8.7, fat +4.8 and +5.8 (Paris et al., JPEN, 2018). Bone is
-#   brightest in the portal phase (Boutin et al., AJR 207:1046, 2016).
+# docs/results.md names the sources of the phases of the unseen scanner.
 
 # Ellipsoids in the order in which they are painted, later ones on top: tissue, centre and radii as
 # fractions of the half-width, along x, y and z.

@@ -17,6 +17,7 @@ from scans.files import DataError
 from scans.layouts import LAYOUTS, MODALITIES, Case, find_cases
 from scans.machine import in_parallel
 from scans.organs import ORGANS
+from study.config import new_parser
 from study.console import run_command, use_any_characters
 from study.hospitals import warn_of_copies
 
@@ -94,12 +95,7 @@ def run(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; exit code 0, or 1 if a case cannot be used."""
     use_any_characters()
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        usage="python -m scripts.check DIR [DIR …] [options]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = new_parser(__doc__, "python -m scripts.check DIR [DIR …] [options]")
     add, default = parser.add_argument, f"default: {' '.join(ORGANS)}"
     add("folders", nargs="+", metavar="DIR", help="a hospital's folder")
     add("--organs", nargs="+", action="extend", metavar="ORGAN", help=f"to look at ({default})")

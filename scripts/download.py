@@ -26,6 +26,7 @@ from typing import Any
 from tqdm import tqdm
 
 from scans.files import DataError, lock, write
+from study.config import new_parser
 from study.console import run_command, use_any_characters
 
 DATA_SETS = {  # Zenodo's record, zip file, flag of fedgin.py, scans in the zip, its size in GB
@@ -205,9 +206,7 @@ def run(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; exit code 0, 1 if something could not be had, 2 for bad input."""
     use_any_characters()
-    usage = "python -m scripts.download DATA_SET [DATA_SET …] [options]"
-    parser = argparse.ArgumentParser(usage=usage, description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = new_parser(__doc__, "python -m scripts.download DATA_SET [DATA_SET …] [options]")
     parser.add_argument("names", nargs="+", choices=DATA_SETS, metavar="DATA_SET")
     parser.add_argument("--cases", type=int, default=40, help="of each modality (default: 40)")
     parser.add_argument("--all", action="store_true", help="all cases that have labels")

@@ -27,6 +27,7 @@ from scans.cases import labelled_organs, read_usable
 from scans.files import DataError
 from scans.layouts import LAYOUTS, MODALITIES, Case, find_cases
 from scans.nifti import read_nifti, to_nifti
+from study.config import new_parser
 from study.console import attempt, run_command, use_any_characters
 from study.inference import choose_device, load_model, segment
 from study.tables import METRICS, score_rows, tables
@@ -132,12 +133,8 @@ def predict(
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        usage="python -m scripts.predict --checkpoint FILE --images PATH … --out DIR [options]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    usage = "python -m scripts.predict --checkpoint FILE --images PATH … --out DIR [options]"
+    parser = new_parser(__doc__, usage)
     add = parser.add_argument
     add("--checkpoint", required=True, type=Path, metavar="FILE", help="model.pt of a training")
     text = "NIfTI files, or folders of scans"

@@ -199,6 +199,14 @@ def check_organs(config: Config) -> None:
         raise ValueError(f"--organs names something twice: {' '.join(config.organs)}")
 
 
+def new_parser(description: str | None, usage: str) -> argparse.ArgumentParser:
+    """A parser of a command; description: the docstring of its module, shown as it is."""
+    form = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(
+        None, usage, description, formatter_class=form, allow_abbrev=False
+    )
+
+
 def make_parser(
     description: str | None,
     choices: Mapping[str, Collection] | None = None,
@@ -208,12 +216,7 @@ def make_parser(
 
     Config has the defaults. A flag of several values that is given twice adds up.
     """
-    parser = argparse.ArgumentParser(
-        description=description,
-        usage="%(prog)s [options]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = new_parser(description, "%(prog)s [options]")
     group: Any = parser
     for field in dataclasses.fields(Config):
         if field.name in GROUPS:

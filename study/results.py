@@ -213,16 +213,11 @@ class RunFolder:
         return sorted(ranks, key=ranks.__getitem__)
 
     def describe(self) -> str:
-        """How many trainings are finished, and how far the others are."""
-        left, n = self.unfinished(), len(self.trainings)
-        lines = [f"{self.out}: {n - len(left)} of {n} trainings finished"]
-        for folder in map(self.folder, left):
-            reached = len(folder.history())
-            if folder.is_trained():
-                lines.append(f"{folder.name}, in its test")
-            elif reached:
-                lines.append(f"{folder.name}, in round {reached + 1} of {self.config.rounds}")
-        return ", ".join(lines)
+        """How many trainings are finished, and which have begun."""
+        left, n = [self.folder(training) for training in self.unfinished()], len(self.trainings)
+        begun = [f", {each.name} after round {len(each.history())}" for each in left]
+        text = "".join(text for text in begun if not text.endswith(" 0"))
+        return f"{self.out}: {n - len(left)} of {n} trainings finished{text}"
 
     def report(self) -> str:
         """Write results.md, scores.csv and history.csv; return the text for the screen."""

@@ -267,7 +267,7 @@ def test_a_run_goes_on_where_it_stopped_and_is_never_begun_anew(tmp_path, quick,
     assert command(*args, tmp_path / "out") == 0
     assert len(quick.rates) == 2
     shown = capsys.readouterr()
-    state = "1 of 2 trainings finished, mri-only, seed 1, in round 2 of 3"
+    state = "1 of 2 trainings finished, mri-only, seed 1 after round 1"
     assert shown.out.splitlines()[0] == f"{tmp_path}/out: {state}"
     [line, _, kept] = shown.err.splitlines()
     assert line.startswith("training 1 of 1 (mri-only, seed 1), round 2 of 3: ")
@@ -357,7 +357,7 @@ def test_a_stop_while_testing_does_not_begin_the_test_again(tmp_path, quick, mon
     quick.rates.clear()
     assert command(*args, tmp_path / "out") == 0
     assert quick.rates == []
-    assert "mri-only, seed 42, in its test" in capsys.readouterr().out.splitlines()[0]
+    assert "mri-only, seed 42 after round 2" in capsys.readouterr().out.splitlines()[0]
     assert len(scored) == 20 + (8 + 8 + 16) - 10  # test cases of mri, ct and the other scanner
     assert_same(outcome(tmp_path / "calm"), outcome(tmp_path / "out"))
 

@@ -366,7 +366,7 @@ def test_tables_and_a_line_tell_how_far_a_run_has_come(config):
         folder.begin({}, CPU)
         folder.keep_round(checkpoint(3))
     tested.keep_model(checkpoint(20))
-    stop = "fedgin p=1, seed 1, in round 4 of 20, fl, seed 2, in its test"
+    stop = "fedgin p=1, seed 1 after round 3, fl, seed 2 after round 3"
     assert run.describe() == f"{run.out}: 1 of 4 trainings finished, {stop}"
     assert "; NOT FINISHED: 3 of the trainings\n" in run.report()
     assert {row["arm"] for row in rows(run.out / "scores.csv")} == {"fl"}
