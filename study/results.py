@@ -140,7 +140,6 @@ class TrainingFolder:
         self._write_scores(self.scores() if all_scores is None else all_scores)
         (self.path / "checkpoint.pt").unlink(missing_ok=True)  # if a kill has left it
         (self.path / "testing.json").replace(self.path / "scores.json")
-        files.sync_folder(self.path)
 
 
 class RunFolder:
