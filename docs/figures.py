@@ -26,7 +26,6 @@ from evaluate import dice_by_label
 from fedgin import ARMS
 from method_figures import (
     ARM_COLOURS,
-    CENTRALIZED,
     MODALITY_COLOURS,
     ORGAN_COLOURS,
     best_slice,
@@ -91,6 +90,16 @@ def dice(scores: Sequence[dict], modality: str) -> tuple[float, float]:
     return mean, 0.0 if np.isnan(deviation) else deviation
 
 
+def spread(heights: Sequence[float], gap: float = 0.05) -> list[float]:
+    """The same heights, moved up where two labels would overlap."""
+    placed: dict[int, float] = {}
+    lowest = -1.0
+    for index in sorted(range(len(heights)), key=heights.__getitem__):
+        placed[index] = max(heights[index], lowest)
+        lowest = placed[index] + gap
+    return [placed[index] for index in range(len(heights))]
+
+
 def ratios(run: Run):
     """Test Dice by ratio, a row of panels per scanner and a column per modality."""
     held = {score["ratio"] for score in run.scores}
@@ -102,13 +111,13 @@ def ratios(run: Run):
         ("fl", None): (ARM_COLOURS["fl"], "-"),
         ("fedgin", 1.0): (ARM_COLOURS["fedgin"], "--"),
         ("fedgin", 0.25): (ARM_COLOURS["fedgin"], "-"),
-        ("centralized+gin", 0.25): (CENTRALIZED, "-."),
     }
     figure, axes = plt.subplots(2, 2, figsize=(8, 5.6), sharex=True, sharey=True)
     for row, scanner in zip(axes, tables.SCANNERS, strict=True):
         found = [score for score in run.scores if score["scanner"] == scanner]
         for axis, m in zip(row, ("mri", "ct"), strict=True):
             axis.set_title(f"{m.upper()}, {scanner} scanner")
+            ends: dict[str, tuple[float, str]] = {}  # label: where its line ends, and its colour
             for n, ((arm, p), (colour, line)) in enumerate(looks.items()):
                 parts = [of_arm(found, arm, p, ratio) for ratio in names]
                 points = [(x, *dice(part, m)) for x, part in enumerate(parts) if part]
@@ -117,12 +126,14 @@ def ratios(run: Run):
                 x, mean, deviation = np.array(points).T
                 style = {"color": colour, "linestyle": line, "capsize": 2, "marker": "."}
                 axis.errorbar(x + 0.05 * (n - 2), mean, deviation, **style)
-                label = arm if p is None else f"{arm} p={p:g}"
-                axis.text(x[-1] + 0.2, mean[-1], label, color=colour, va="center", fontsize=8)
+                ends[arm if p is None else f"{arm} p={p:g}"] = mean[-1], colour
+            heights = spread([end for end, _ in ends.values()])
+            for (label, (_, colour)), y in zip(ends.items(), heights, strict=True):
+                axis.text(len(names) - 0.75, y, label, color=colour, va="center", fontsize=8)
     n_seeds = len({score["seed"] for score in run.scores})
     ticks = [f"{name} (1:6)" if name == "all" else name for name in names]
     axes[0, 0].set_xticks(range(len(names)), ticks)
-    axes[0, 0].set_xlim(-0.3, len(names) + 0.4)
+    axes[0, 0].set_xlim(-0.3, len(names) + 0.2)
     axes[0, 0].set_ylim(0.15, 1)
     figure.supylabel(f"test Dice, mean ± deviation over {n_seeds} seeds")
     figure.supxlabel("MRI:CT training cases")
@@ -153,7 +164,7 @@ def probability(run: Run):
 
 
 def predictions(run: Run):
-    """A test case of each modality: scan, reference, and what three arms predict, of one seed."""
+    """A test phantom of each modality, its reference, and what three arms predict, of one seed."""
     shown = [Training(0, "mri-only"), Training(0, "fl", "1:5"), Training(0, "fedgin", "1:5", 0.25)]
     trained = [folder for folder in run.folders if folder.is_trained()]
     seed = min((folder.training.seed for folder in trained), default=0)
@@ -162,7 +173,7 @@ def predictions(run: Run):
         for folder in trained
         if dataclasses.replace(folder.training, seed=0) in shown and folder.training.seed == seed
     }
-    if not models:
+    if not (models and run.config.on_phantoms):  # a run does not know where its scans lie
         return None
     hospitals = load_hospitals(dataclasses.replace(run.config, seeds=(seed,)))[0][seed]
     figure, axes = plt.subplots(2, 2 + len(models), figsize=(9, 4.2), squeeze=False)

@@ -26,7 +26,6 @@ plt.switch_backend("Agg")  # files, no windows
 MODALITY_COLOURS = {"mri": "#E69F00", "ct": "#56B4E9"}
 ORGAN_COLOURS = ("#00000000", "#F0E442", "#009E73", "#0072B2", "#D55E00", "#CC79A7")
 ARM_COLOURS = {"fedgin": "#b2182b", "fl": "#2c3e70", "mri-only": "#666666", "ct-only": "#999999"}
-CENTRALIZED = "#3a7d44"
 plt.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 plt.rcParams |= {"figure.constrained_layout.use": True, "figure.constrained_layout.h_pad": 0.06}
 plt.rcParams |= {"svg.hashsalt": "fedgin"}  # the same picture, the same bytes
