@@ -97,8 +97,8 @@ class Peers:
             yield
         except RuntimeError as error:
             limit = f"--timeout {self.timeout.total_seconds():g}"
-            what = f"another rank was killed, is cut off or takes longer than {limit}"
-            raise ConnectionError(f"{what} ({error})") from error
+            what = f"another rank was stopped, is cut off or takes longer than {limit}"
+            raise ConnectionError(f"{what} ({str(error).split('. ')[0]})") from error
         self.in_step = True
 
 

@@ -1,4 +1,4 @@
-"""Ranks in threads, which test calls, and in processes, which test runs; tests start both."""
+"""Ranks in threads, which test calls, and in processes of their own, which test whole runs."""
 
 import json
 import os
@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from pathlib import Path
 from unittest import mock
 
@@ -31,7 +30,6 @@ def outcomes(size, function, timeout=60.0, sent=None):
     All tensors that the ranks sum up are appended to `sent`.
     """
     own, store = threading.local(), distributed.HashStore()
-    store.set_timeout(timedelta(seconds=timeout))
 
     def link(_, store, rank, world_size, timeout):
         own.group = distributed.ProcessGroupGloo(store, rank, world_size, timeout)
@@ -74,15 +72,14 @@ def together(size, function, **more):
 
 # ----------------------------------------------------------------------------------- in processes
 
-# Runs multisite's main in forks of a process that has imported everything. A line starts a fork and
-# is answered by its pid, a pid waits for it and is answered by its exit code. A fork may do something
-# before the n-th call of a function; it notes that this was called, or it would prove nothing.
-SERVER = """
+# What a rank may do before the n-th call of a function. That it was called is noted in a file: a
+# patch that nobody calls would prove nothing.
+TOOLS = """
 import ctypes, json, os, signal, sys, time
 import torch, torch._dynamo
-import federated, fedgin
+import fedgin
 from scans.files import DataError
-from scripts import multisite, peers
+from scripts import multisite
 from study.results import TrainingFolder
 
 def before(owner, name, action, call=1):
@@ -92,22 +89,17 @@ def before(owner, name, action, call=1):
         calls.append(name)
         if len(calls) == call:
             with open("patched", "a") as file:
-                file.write(f"{name}\\n")
+                file.write(name + "\\n")
             action()
         return function(*args, **kwargs)
     setattr(owner, name, wrapper)
 
-def wait(seconds):
-    return lambda: time.sleep(seconds)
-
-def send(number):
-    return lambda: os.kill(os.getpid(), number)
-
 def fail(error):
-    def action():
-        raise error
-    return action
-
+    raise error
+"""
+# Forks ranks from a process that has imported everything. A line starts one and is answered by its
+# pid; a pid waits for it and is answered by its exit code.
+SERVER = """
 for line in sys.stdin:
     task = json.loads(line)
     if isinstance(task, int):
@@ -124,10 +116,8 @@ for line in sys.stdin:
         for number, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         os.environ.update(task["environ"])
-        if task["network"]:
-            ctypes.CDLL(None).setns(os.open(task["network"], os.O_RDONLY), 0)
         exec(task["patch"])
-        code = multisite.record_bug(multisite.main)(task["args"])
+        code = multisite.record_bug(multisite.main)(task["flags"])
     except SystemExit as end:
         code = end.code
     except BaseException:
@@ -139,7 +129,7 @@ for line in sys.stdin:
 
 
 class Rank:
-    """A rank at work in a folder of its own, which holds nothing but its own scans."""
+    """A rank in a folder of its own, with its own scans alone."""
 
     def __init__(self, folder, pid, wait):
         self.folder, self.out, self.pid, self.wait = folder, folder / "out", pid, wait
@@ -167,66 +157,43 @@ class Rank:
 
 
 class Launcher:
-    """Starts ranks, and ends those that a test leaves behind."""
+    """Starts a rank for each of some names, and ends those that a test leaves behind."""
 
     def __init__(self, server, root, sites):
         self.server, self.root, self.sites = server, root, sites
         self.ranks, self.patched = [], []
 
-    def ask(self, task):
-        print(json.dumps(task), file=self.server.stdin, flush=True)
-        return int(self.server.stdout.readline())
-
-    def folders(self, args, names, own):
-        """The folder of each rank, with its scans, and its flags."""
-        for name in names:
-            folder = self.root / name
+    def __call__(self, *args, names=("north", "west"), own=(), patches=(), torchrun=None):
+        """own: flags and patches: code by name; torchrun: its options, if it is to start them."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        for n, name in enumerate(names):
+            folder, patch = self.root / name, dict(patches).get(name, "")
             folder.mkdir(exist_ok=True)
             if not (folder / name).exists():
                 (folder / name).symlink_to(self.sites / name)
             flags = [f"--{MODALITY[name]}", name, "--out", "out", "--cache", self.sites / "cache"]
-            yield folder, [str(flag) for flag in [*flags, *TINY, *args, *(own or {}).get(name, ())]]
-
-    def __call__(self, *args, names=("north", "west"), own=None, patches=None, networks=None):
-        """Start a rank for each name; own: flags and patches: code by name."""
-        address, port = ("10.77.0.1", 29500) if networks else ("127.0.0.1", free_port())
-        for n, (folder, flags) in enumerate(self.folders(args, names, own)):
-            environ = {"RANK": n, "GROUP_RANK": n, "LOCAL_RANK": 0, "WORLD_SIZE": len(names)}
-            environ |= {"MASTER_ADDR": address, "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "x"}
-            environ |= {"TORCHELASTIC_ERROR_FILE": "error.json", "TORCHELASTIC_RESTART_COUNT": 0}
-            environ |= {"GLOO_SOCKET_IFNAME": networks[n]} if networks else {}
-            patch = (patches or {}).get(folder.name, "")
-            self.patched += [
-                (folder / "patched", call) for call in re.findall(r"before\([\w.]+, '(\w+)'", patch)
-            ]
-            task = {"folder": str(folder), "args": flags, "patch": patch}
-            task["environ"] = {key: str(value) for key, value in environ.items()}
-            task["network"] = f"/run/netns/{networks[n]}" if networks else ""
-            pid = self.ask(task)
-            self.ranks.append(Rank(folder, pid, lambda pid=pid: self.ask(pid)))
+            flags = [str(flag) for flag in [*flags, *TINY, *args, *dict(own).get(name, ())]]
+            called = re.findall(r"before\([\w.]+, '(\w+)'", patch)
+            self.patched += [(folder / "patched", function) for function in called]
+            if torchrun is None:
+                environ = f"RANK={n} LOCAL_RANK=0 GROUP_RANK=1 WORLD_SIZE={len(names)} "
+                environ += f"MASTER_ADDR=127.0.0.1 MASTER_PORT={port} TORCHELASTIC_RUN_ID=x "
+                environ += "TORCHELASTIC_ERROR_FILE=error.json TORCHELASTIC_RESTART_COUNT=0"
+                environ = dict(pair.split("=") for pair in environ.split())
+                task = {"folder": str(folder), "flags": flags, "patch": patch, "environ": environ}
+                pid = self.ask(task)
+                self.ranks.append(Rank(folder, pid, lambda pid=pid: self.ask(pid)))
+            else:
+                options = f"--nnodes {len(names)} --node-rank {n} --nproc-per-node 1 --master-addr "
+                options += f"127.0.0.1 --master-port {port} {torchrun}"
+                self.ranks.append(start_torchrun(folder, options.split(), patch, flags))
         return self.ranks[-len(names) :]
 
-    def torchrun(self, *args, names=("north", "west"), options=(), patch=""):
-        """Start a torchrun for each name, as users do; patch: code that ranks run first."""
-        port = free_port()
-        for n, (folder, flags) in enumerate(self.folders(args, names, own=None)):
-            program = ["-m", "scripts.multisite"]
-            if patch:
-                (folder / "worker.py").write_text(patch)
-                program = [folder / "worker.py"]
-            command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", len(names)]
-            command += ["--node-rank", n, "--nproc-per-node", 1, "--master-addr", "127.0.0.1"]
-            command += ["--master-port", port, *options, *program, *flags]
-            with (folder / "stdout").open("w") as stdout, (folder / "stderr").open("w") as stderr:
-                process = subprocess.Popen(
-                    list(map(str, command)),
-                    cwd=folder,
-                    env={**os.environ, "PYTHONPATH": str(ROOT)},
-                    stdout=stdout,
-                    stderr=stderr,
-                )
-            self.ranks.append(Rank(folder, process.pid, lambda process=process: process.wait(120)))
-        return self.ranks[-len(names) :]
+    def ask(self, task):
+        print(json.dumps(task), file=self.server.stdin, flush=True)
+        return int(self.server.stdout.readline())
 
     def end(self):
         for rank in self.ranks:
@@ -237,12 +204,20 @@ class Launcher:
             assert function in file.read_text().splitlines(), f"{function} was not called"
 
 
+def start_torchrun(folder, options, patch, flags):
+    program = ["-m", "scripts.multisite"]
+    if patch:
+        program = ["worker.py"]
+        text = f"{TOOLS}\n{patch}\nsys.exit(multisite.record_bug(multisite.main)())"
+        (folder / "worker.py").write_text(text)
+    command = [sys.executable, "-m", "torch.distributed.run", *options, *program, *flags]
+    with (folder / "stdout").open("w") as stdout, (folder / "stderr").open("w") as stderr:
+        environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+        streams = {"stdout": stdout, "stderr": stderr}
+        process = subprocess.Popen(command, cwd=folder, env=environ, **streams)
+    return Rank(folder, process.pid, lambda: process.wait(120))
+
+
 def start_server():
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-c", SERVER], cwd=ROOT, **pipes)
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    return subprocess.Popen([sys.executable, "-c", TOOLS + SERVER], cwd=ROOT, **pipes)

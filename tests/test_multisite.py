@@ -26,11 +26,11 @@ from scans.organs import ORGANS
 from scripts import multisite
 from study.config import Checkpoint, Config, Training
 from study.hospitals import Hospital, load_hospitals, validation_cases
-from study.results import RunFolder, TrainingFolder
+from study.results import TrainingFolder
 
 TRAINING = Training(42, "fedgin", p=1.0)
 CPU = torch.device("cpu")
-BOTH_RANKS = [pytest.param("north", marks=pytest.mark.thorough), "west"]
+BOTH = [pytest.param("north", marks=pytest.mark.thorough), "west"]
 
 
 @pytest.fixture(scope="module")
@@ -80,17 +80,13 @@ def one_process(tmp_path_factory, sites):
 def three_ranks(tmp_path_factory, sites, server):
     launcher = Launcher(server, tmp_path_factory.mktemp("three"), sites)
     ranks = launcher(names=MODALITY)
-    assert [rank.end() for rank in ranks] == [0, 0, 0], [rank.error for rank in ranks]
+    assert_end(ranks, 0)
     yield ranks
     launcher.end()
 
 
 def weights(out):
     return torch.load(out / TRAINING.folder / "model.pt", weights_only=True)["weights"]
-
-
-def checkpoint(out):
-    return out / TRAINING.folder / "checkpoint.pt"
 
 
 def rows(file):
@@ -106,11 +102,6 @@ def tables(out):
     return (out / "results.md").read_text()
 
 
-def contents(out):
-    """The files of a training by name, and what is in them."""
-    return {p.name: p.read_bytes() for p in (out / TRAINING.folder).iterdir()}
-
-
 def assert_close(found, expected):
     """Within 1e-6 of each tensor's largest weight."""
     assert found.keys() == expected.keys()
@@ -118,25 +109,25 @@ def assert_close(found, expected):
         assert (found[key] - w).abs().max() <= 1e-6 * w.abs().max(), key
 
 
-def assert_ends(ranks, code=0):
-    """All ranks end with this exit code."""
+def assert_end(ranks, code):
     assert [rank.end() for rank in ranks] == [code] * len(ranks), [rank.error for rank in ranks]
 
 
-def assert_finishes(ranks, expected):
-    """All ranks end with the weights and tables of a run in one process."""
-    assert_ends(ranks)
+def assert_finish(ranks, expected):
+    """With the weights and tables of a run in one process, and each test case once."""
+    assert_end(ranks, 0)
     for rank in ranks:
         assert_close(weights(rank.out), weights(expected))
         assert tables(rank.out) == tables(expected)
+        hospitals = [row["hospital"] for row in rows(rank.out / "scores.csv")]
+        assert hospitals == [row["hospital"] for row in rows(expected / "scores.csv")]
 
 
-def wait_for(path, rank):
-    for _ in range(6000):
-        if path.exists():
-            return
+def wait_for(rank):
+    """Until it has done what its patch says."""
+    while not (rank.folder / "patched").exists():
+        os.kill(rank.pid, 0)
         time.sleep(0.01)
-    pytest.fail(rank.error)
 
 
 # --------------------------------------------------------------------------- what ranks do together
@@ -144,12 +135,12 @@ def wait_for(path, rank):
 
 @pytest.mark.slow
 def test_torchrun_with_two_hospitals_gives_the_weights_of_one_process(start, one_process):
-    assert_finishes(start.torchrun(), one_process("north", "west"))
+    assert_finish(start(torchrun=""), one_process("north", "west"))
 
 
 @pytest.mark.slow
 def test_ranks_give_the_weights_and_tables_of_one_process(three_ranks, one_process):
-    assert_finishes(three_ranks, one_process(*MODALITY))
+    assert_finish(three_ranks, one_process(*MODALITY))
     a, b, c = (weights(rank.out) for rank in three_ranks)
     assert_equal(a, b)
     assert_equal(a, c)
@@ -198,118 +189,113 @@ def test_each_rank_keeps_what_is_its_own(three_ranks, sites):
 
 # ---------------------------------------------------------------------------------- ranks that fail
 
+DIE = "lambda: os.kill(os.getpid(), signal.SIGKILL)"
+ROUND_2 = "before(multisite, 'train_locally', {}, call=2)"
+
+
+def by_name(ranks, name):
+    """The rank of this name, and the other one."""
+    return sorted(ranks, key=lambda rank: rank.folder.name != name)
+
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", BOTH_RANKS)
-def test_a_killed_rank_ends_the_others_and_the_run_goes_on(name, start, one_process):
-    patches = {name: "before(multisite, 'train_locally', send(signal.SIGKILL), call=2)"}
-    ranks = {rank.folder.name: rank for rank in start(patches=patches)}
-    [other] = ranks.keys() - {name}
+@pytest.mark.parametrize("name", BOTH)
+def test_a_killed_rank_ends_the_other_at_once_and_the_run_goes_on(name, start, one_process):
+    killed, other = by_name(start(patches={name: ROUND_2.format(DIE)}), name)
     began = time.monotonic()
-    assert ranks[other].end() == 1
+    assert (other.end(), killed.end()) == (1, -signal.SIGKILL)
     assert time.monotonic() - began < 60  # of a timeout of 1800 s
-    assert ranks[name].end() == -signal.SIGKILL
-    assert "another rank was killed" in ranks[other].failure()
-    assert ranks[other].failure().endswith("; the same commands go on")
-    saved = torch.load(checkpoint(ranks[other].out), weights_only=True)
+    assert ": the run failed: another rank was stopped, is cut off or takes" in other.error
+    assert other.failure().endswith("; the same commands go on")
+    saved = torch.load(other.out / TRAINING.folder / "checkpoint.pt", weights_only=True)
     assert saved["round"] == 1
-    assert_finishes(start(), one_process("north", "west"))
+    assert_finish(start(), one_process("north", "west"))
 
 
 @pytest.mark.slow
-@pytest.mark.thorough
-def test_torchrun_goes_on_after_a_rank_was_killed(start, one_process):
-    patch = """
-import os, runpy, federated
-train, calls = federated.train_locally, []
-def die_at_the_third_call(*args, **kwargs):
-    calls.append(1)
-    if os.environ["TORCHELASTIC_RESTART_COUNT"] + os.environ["RANK"] == "00" and len(calls) == 3:
-        os.kill(os.getpid(), 9)
-    return train(*args, **kwargs)
-federated.train_locally = die_at_the_third_call
-runpy.run_module("scripts.multisite", run_name="__main__", alter_sys=True)
-"""
-    ranks = start.torchrun(options=["--max-restarts", 1], patch=patch)
-    assert_finishes(ranks, one_process("north", "west"))
-    assert "another rank was killed" in ranks[1].failure()
-    for rank in ranks:
-        scores = rows(rank.out / "scores.csv")
-        assert [row["hospital"] for row in scores[:: len(ORGANS)]] == ["north", "west"]
-        assert len(scores) == 2 * len(ORGANS)
-    assert [row["round"] for row in history(ranks[0].out)] == ["1", "2", "3"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", BOTH_RANKS)
+@pytest.mark.parametrize("name", BOTH)
 def test_a_rank_that_hangs_ends_the_run_in_time(name, start, one_process):
-    patches = {name: "before(multisite, 'train_locally', send(signal.SIGSTOP), call=2)"}
-    ranks = {rank.folder.name: rank for rank in start("--timeout", 5, patches=patches)}
-    [other] = ranks.keys() - {name}
-    wait_for(ranks[name].folder / "patched", ranks[name])
+    hang = ROUND_2.format("lambda: os.kill(os.getpid(), signal.SIGSTOP)")
+    hanging, other = by_name(start("--timeout", 4, patches={name: hang}), name)
+    wait_for(hanging)
     began = time.monotonic()
-    assert ranks[other].end() == 1
-    assert time.monotonic() - began < 5 + 10
-    assert "takes longer than --timeout 5" in ranks[other].failure()
-    os.kill(ranks[name].pid, signal.SIGKILL)
-    ranks[name].end()
-    assert_finishes(start(), one_process("north", "west"))
+    assert other.end() == 1
+    assert time.monotonic() - began < 4 + 10
+    assert "takes longer than --timeout 4 (" in other.failure()
+    os.kill(hanging.pid, signal.SIGKILL)
+    hanging.end()
+    assert_finish(start(), one_process("north", "west"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", BOTH_RANKS)
+@pytest.mark.parametrize("name", BOTH)
 def test_torchrun_shows_everybody_why_a_rank_failed(name, start, tmp_path, sites):
-    """Also those that still read their own scans, and longer than the bad one's rank lives."""
-    files = {"north": "imagesTr/case_001_0000.nii.gz", "west": "s0001/ct.nii.gz"}
+    """It is the last thing on each screen, also where scans are read for longer than on the other.
+
+    A bad case is told before anything is written.
+    """
+    bad = {"north": "imagesTr/case_001_0000.nii.gz", "west": "s0001/ct.nii.gz"}
     shutil.copytree(sites / name, tmp_path / name / name)
-    truncate(tmp_path / name / name / files[name])
-    ranks = start.torchrun()
-    assert_ends(ranks, 1)
-    reason = f"rank {['north', 'west'].index(name)} ({name}): {name}/{files[name]}: cannot be read"
+    truncate(tmp_path / name / name / bad[name])
+    [other] = bad.keys() - {name}
+    slow = "before(multisite, 'load_hospitals', lambda: time.sleep(4))"
+    ranks = start(torchrun="", patches={other: slow})
+    assert_end(ranks, 1)
+    reason = f"rank {['north', 'west'].index(name)} ({name}): {name}/{bad[name]}: cannot be read"
     for rank in ranks:
         assert not rank.out.exists()
         *_, summary = rank.error.split("Root Cause (first observed failure):")
         text, line, rest = summary.partition("\n====")
         assert text.split("traceback : ")[1].startswith(reason)
-        assert line and not rest.strip("=\n"), rank.error  # it is the last thing on the screen
-        assert "exitcode  : 1" in text or "exitcode  : 2" in text
+        assert line and not rest.strip("=\n"), rank.error
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["north", "west"])
-def test_a_bad_case_is_told_to_those_that_still_read(name, start, tmp_path, sites):
-    """For longer than the bad case's rank would live."""
-    files = {"north": "imagesTr/case_001_0000.nii.gz", "west": "s0001/ct.nii.gz"}
-    [other] = files.keys() - {name}
-    shutil.copytree(sites / name, tmp_path / name / name)
-    truncate(tmp_path / name / name / files[name])
-    ranks = start(patches={other: "before(multisite, 'load_hospitals', wait(4))"})
-    by_name = {rank.folder.name: rank for rank in ranks}
-    assert (by_name[name].end(), by_name[other].end()) == (2, 1)
-    reason = f"rank {['north', 'west'].index(name)} ({name}): {name}/{files[name]}: cannot be read"
-    assert f": the run failed: {reason}" in by_name[other].failure()
-    for rank in ranks:
+@pytest.mark.thorough
+def test_torchrun_goes_on_after_a_rank_was_killed(start, one_process):
+    patch = "if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n    " + ROUND_2.format(DIE)
+    ranks = start(torchrun="--max-restarts 1", patches={"north": patch})
+    assert_finish(ranks, one_process("north", "west"))
+    assert "another rank was stopped" in ranks[1].failure()
+
+
+BAD_FOLDER = "os.mkdir('out'); open('out/config.json', 'w').write('{}')"
+BAD_DEVICE = "os.environ.update(GLOO_SOCKET_IFNAME='lo,nonsense9', GROUP_RANK='0')"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "patch", "flags", "code", "reason"),
+    [
+        ("west", ROUND_2.format("lambda: fail(OSError('no disk'))"), [], 1, "(west): no disk"),
+        ("north", "before(fedgin, 'run_test', lambda: fail(DataError('x')))", [], 2, "(north): x"),
+        ("west", ROUND_2.format("lambda: fail(KeyboardInterrupt)"), [], 130, "(west): was stopped"),
+        ("north", BAD_FOLDER, [], 2, "(north): out/config.json: is not of a run of version 3"),
+        ("west", BAD_FOLDER, [], 2, "(west): out/config.json: is not of a run of version 3"),
+        ("north", BAD_DEVICE, [], 1, "(north): GLOO_SOCKET_IFNAME=lo,nonsense9: "),
+        ("west", BAD_DEVICE, [], 1, "(west): GLOO_SOCKET_IFNAME=lo,nonsense9: "),
+        ("north", "", ["--rate", 1], 2, "(its flags): unrecognized arguments: --rate 1"),
+        ("west", "", ["--name", "../x"], 2, "(its flags): '../x' is no name for a hospital's"),
+    ],
+)
+def test_all_ranks_end_with_the_reason_of_the_one_that_failed(
+    name, patch, flags, code, reason, start
+):
+    failed, other = by_name(start(patches={name: patch}, own={name: flags}), name)
+    assert (failed.end(), other.end()) == (code, 1)
+    reason = f"rank {['north', 'west'].index(name)} {reason}"
+    assert f": the run failed: {reason}" in other.failure()  # without the other's round
+    assert reason.split("): ")[1] in failed.error
+    for rank in (failed, other):
         assert rank.summary().startswith(reason)
-        assert not rank.out.exists()
-
-
-@pytest.mark.slow
-def test_a_fault_in_a_round_is_told_to_those_that_still_train(start):
-    slow = "before(multisite, 'train_locally', wait(2), call=2)"
-    fault = "before(multisite, 'train_locally', fail(OSError('the disk is gone')), call=2)"
-    north, west = start(patches={"north": slow, "west": fault})
-    assert_ends([north, west], 1)
-    assert ": round 2, hospital west: the disk is gone; the same commands" in west.failure()
-    reason = "rank 1 (west): the disk is gone"
-    assert f"): the run failed: {reason};" in north.failure()  # without the other's round
-    assert [north.summary(), west.summary()] == [reason, reason]
+        assert "Traceback" not in rank.error
 
 
 @pytest.mark.slow
 def test_a_bug_keeps_its_traceback_and_is_told_to_the_others(start):
-    fault = "before(multisite, 'train_locally', fail(AttributeError('no such layer')))"
-    north, west = start(patches={"west": fault})
-    assert_ends([north, west], 1)
+    bug = "before(multisite, 'train_locally', lambda: fail(AttributeError('no such layer')))"
+    north, west = start(patches={"west": bug})
+    assert_end([north, west], 1)
     for part in ("Traceback", "AttributeError: no such layer", "round 1, hospital west"):
         assert part in west.error
     assert "AttributeError: no such layer" in west.summary()
@@ -319,166 +305,20 @@ def test_a_bug_keeps_its_traceback_and_is_told_to_the_others(start):
 
 
 @pytest.mark.slow
-def test_a_scan_that_cannot_be_read_in_the_test_is_told_to_the_others(start):
-    fault = "before(fedgin, 'run_test', fail(DataError('west/s0004: cannot be read')))"
-    north, west = start(patches={"west": fault})
-    assert (north.end(), west.end()) == (1, 2)
-    reason = "west/s0004: cannot be read"
-    assert f"\nmultisite (rank 1, west): {reason}\n" in west.error
-    assert [north.summary(), west.summary()] == [f"rank 1 (west): {reason}"] * 2
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "flags", "reason"),
-    [
-        ("west", ["--rate", 1], "unrecognized arguments: --rate 1"),
-        ("north", ["--name", "../x"], "'../x' is no name for a hospital's files; give another"),
-    ],
-)
-def test_a_wrong_flag_is_told_to_the_others(name, flags, reason, start):
-    ranks = start(own={name: flags})
-    assert sorted(rank.end() for rank in ranks) == [1, 2]
-    reason = f"rank {['north', 'west'].index(name)} (its flags): {reason}"
-    for rank in ranks:
-        assert rank.summary().startswith(reason)
-        assert reason in rank.error
-        assert not rank.out.exists()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["north", "west"])
-def test_a_rank_that_is_stopped_stops_the_others(name, start):
-    patches = {name: "before(multisite, 'train_locally', send(signal.SIGINT), call=2)"}
-    ranks = {rank.folder.name: rank for rank in start(patches=patches)}
-    [other] = ranks.keys() - {name}
-    assert (ranks[name].end(), ranks[other].end()) == (130, 1)
-    stopped = ["north", "west"].index(name)
-    title = f"multisite (rank {stopped}, {name})"
-    assert f"{title}: stopped; the same commands go on\n" in ranks[name].error
-    assert f"rank {stopped} ({name}): was stopped" in ranks[other].failure()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["north", "west"])
-def test_a_folder_of_something_else_is_told_to_the_others(name, start, tmp_path):
-    (tmp_path / name / "out").mkdir(parents=True)
-    (tmp_path / name / "out" / "config.json").write_text("{}")
-    ranks = start()
-    assert sorted(rank.end() for rank in ranks) == [1, 2]
-    for rank in ranks:
-        assert "out/config.json: is not of a run of version 3" in rank.summary()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["north", "west"])
-def test_a_network_device_that_is_not_there_is_told_to_the_others(name, start):
-    patch = "os.environ['GLOO_SOCKET_IFNAME'] = 'lo,nonsense9'"
-    ranks = start("--timeout", 60, patches={name: patch})
-    began = time.monotonic()
-    assert_ends(ranks, 1)
-    assert time.monotonic() - began < 50
-    reason = f"rank {['north', 'west'].index(name)} ({name}): GLOO_SOCKET_IFNAME=lo,nonsense9: "
-    for rank in ranks:
-        assert reason in rank.failure()
-        assert rank.summary().startswith(reason)
-        assert "Traceback" not in rank.error
-
-
-@pytest.mark.slow
-def test_other_settings_are_named_by_all(start):
-    ranks = start(own={"west": ["--lr", 0.1, "--seed", 7, "--skip-bad"]})
-    assert_ends(ranks, 2)
+def test_other_settings_are_named_by_all_before_a_scan_is_read(start):
+    patch = "multisite.load_hospitals = lambda *_: fail(AssertionError)"
+    own = {"west": ["--lr", 0.1, "--seed", 7, "--skip-bad"]}
+    ranks = start(own=own, patches={"north": patch, "west": patch})
+    assert_end(ranks, 2)
     for rank in ranks:
         assert "ranks 0 and 1 were started with different seeds, lr" in rank.summary()
         assert not rank.out.exists()
 
 
-@pytest.mark.slow
-def test_two_ranks_do_not_share_a_folder(start, tmp_path):
-    ranks = start(own={"west": ["--out", tmp_path / "north" / "out"]})
-    assert 0 not in [rank.end() for rank in ranks]
-    assert any("config.json: was made with" in rank.error for rank in ranks)
-
-
-# -------------------------------------------------------------------------------- ranks that go on
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["north", "west"])
-def test_a_rank_that_dies_at_the_end_has_its_results_when_it_goes_on(name, start, one_process):
-    """Killed when the others have written theirs; nobody loses a case, nobody counts one twice."""
-    action = "lambda: (time.sleep(1), os.kill(os.getpid(), signal.SIGKILL))"
-    ranks = start(patches={name: f"before(TrainingFolder, 'finish', {action})"})
-    for rank in ranks:
-        rank.end()
-    [finished] = [rank for rank in ranks if rank.folder.name != name]
-    kept = contents(finished.out)
-    assert "scores.json" in kept
-    again = start()
-    assert_finishes(again, one_process("north", "west"))
-    for rank in again:
-        scores = rows(rank.out / "scores.csv")
-        assert [row["hospital"] for row in scores[:: len(ORGANS)]] == ["north", "west"]
-        assert [row["round"] for row in history(rank.out)] == ["1", "2", "3"]
-    assert contents(finished.out) == kept
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["north", "west"])
-def test_a_rank_that_lost_its_folder_goes_on_with_the_others(name, start, one_process):
-    """In the last of three rounds, with no round in any history twice."""
-    fault = "before(multisite, 'train_locally', fail(OSError('the disk is gone')), call=3)"
-    ranks = start(patches={"west": fault})
-    assert_ends(ranks, 1)
-    [lost] = [rank.out for rank in ranks if rank.folder.name == name]
-    shutil.rmtree(lost)
-    again = start()
-    assert_finishes(again, one_process("north", "west"))
-    for rank in again:
-        rounds = ["3"] if rank.out == lost else ["1", "2", "3"]
-        assert [row["round"] for row in history(rank.out)] == rounds
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["north", "west"])
-def test_a_rank_that_lost_a_finished_training_gets_it_from_the_others(name, start, one_process):
-    ranks = start()
-    assert_ends(ranks)
-    [lost] = [rank.out for rank in ranks if rank.folder.name == name]
-    [other] = [rank.out for rank in ranks if rank.folder.name != name]
-    kept = contents(other)
-    shutil.rmtree(lost)
-    assert_finishes(start(), one_process("north", "west"))
-    assert contents(other) == kept
-    assert_equal(weights(lost), weights(other))
-    assert tables(lost) == tables(other)
-    assert history(lost) == []
-    (other / TRAINING.folder / "model.pt").unlink()
-    shutil.rmtree(lost)
-    ranks = start()
-    assert sorted(rank.end() for rank in ranks) == [1, 2]
-    for rank in ranks:
-        assert "its model is gone; delete the folder to train anew" in rank.summary()
-
-
-@pytest.mark.slow
-def test_a_run_does_not_go_on_with_other_hospitals(start):
-    ranks = start()
-    assert_ends(ranks)
-    assert json.loads((ranks[0].out / "hospitals.json").read_text()) == {"north": 2, "west": 3}
-    ranks = start(own={"west": ["--name", "east"]})
-    assert sorted(rank.end() for rank in ranks) == [2, 2]
-    for rank in ranks:
-        expected = "hospitals.json: was made with west 3, now None; east None, now 3"
-        assert expected in rank.error
-
-
 @pytest.fixture
 def two_networks():
-    """Two network namespaces joined by a cable: their names, and how to cut it."""
-    names = [f"fedgin{os.getpid() % 10**7}{side}" for side in "ab"]
-    a, b = names
+    """Two network namespaces joined by a cable: how to be in each, and how to cut it."""
+    a, b = names = [f"fedgin{os.getpid() % 10**7}{side}" for side in "ab"]
     setup = [f"netns add {name}" for name in names]
     setup += [f"link add {a} netns {a} type veth peer name {b} netns {b}"]
     for i, name in enumerate(names):
@@ -491,26 +331,100 @@ def two_networks():
             done = subprocess.run(["ip", *line.split()], capture_output=True, text=True)
             if done.returncode:
                 pytest.skip(f"no network namespaces here: ip {line}: {done.stderr.strip()}")
+        inside = [
+            f"ctypes.CDLL(None).setns(os.open('/run/netns/{name}', os.O_RDONLY), 0)\n"
+            f"os.environ.update(MASTER_ADDR='10.77.0.1', GLOO_SOCKET_IFNAME='{name}')\n"
+            for name in names
+        ]
         cut = ["ip", "-n", b, "link", "set", b, "down"]
-        yield names, lambda: subprocess.run(cut, check=True)
+        yield inside, lambda: subprocess.run(cut, check=True)
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "del", name], stderr=subprocess.DEVNULL)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("during", ["multisite, 'train_locally'", "multisite, 'load_hospitals'"])
+@pytest.mark.parametrize(
+    "during", ["train_locally", pytest.param("load_hospitals", marks=pytest.mark.thorough)]
+)
 def test_a_cut_link_ends_both_ranks_within_the_timeout(during, two_networks, start):
-    networks, cut = two_networks
-    patches = {"west": f"before({during}, wait(2))"}
-    ranks = start("--timeout", 4, networks=networks, patches=patches)
-    wait_for(ranks[1].folder / "patched", ranks[1])
+    (a, b), cut = two_networks
+    at_work = f"{b}before(multisite, '{during}', lambda: time.sleep(1))"
+    north, west = start("--timeout", 4, patches={"north": a, "west": at_work})
+    wait_for(west)
     cut()
     began = time.monotonic()
-    assert_ends(ranks, 1)
-    assert time.monotonic() - began < 2 + 4 + 10
-    for rank in ranks:
-        assert "another rank was killed, is cut off or takes longer" in rank.failure()
+    assert_end([north, west], 1)
+    assert time.monotonic() - began < 1 + 4 + 10
+    for rank in (north, west):
+        assert "another rank was stopped, is cut off or takes longer" in rank.failure()
+
+
+# -------------------------------------------------------------------------------- ranks that go on
+
+
+def contents(out):
+    """The files of a training by name, and what is in them."""
+    return {p.name: p.read_bytes() for p in (out / TRAINING.folder).iterdir()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BOTH)
+def test_a_rank_that_dies_at_the_end_has_its_results_when_it_goes_on(name, start, one_process):
+    """Killed when the other has written its own; nobody loses a case, or counts one twice."""
+    late = "lambda: (time.sleep(1), os.kill(os.getpid(), signal.SIGKILL))"
+    died, finished = by_name(
+        start(patches={name: f"before(TrainingFolder, 'finish', {late})"}), name
+    )
+    assert (died.end(), finished.end()) == (-signal.SIGKILL, 1)
+    kept = contents(finished.out)
+    assert "scores.json" in kept
+    again = start()
+    assert_finish(again, one_process("north", "west"))
+    assert [len(history(rank.out)) for rank in again] == [3, 3]
+    assert contents(finished.out) == kept
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BOTH)
+def test_a_rank_that_lost_its_folder_goes_on_with_the_others(name, start, one_process):
+    """In the last of three rounds, with no round in any history twice; or with a finished model."""
+    stop = "before(multisite, 'train_locally', lambda: fail(OSError('no disk')), call=3)"
+    lost, other = by_name(start(patches={"west": stop}), name)
+    assert_end([lost, other], 1)
+    shutil.rmtree(lost.out)
+    lost, other = by_name(start(), name)
+    assert_finish([lost, other], one_process("north", "west"))
+    assert [row["round"] for row in history(lost.out)] == ["3"]
+    assert [row["round"] for row in history(other.out)] == ["1", "2", "3"]
+    kept = contents(other.out)
+    shutil.rmtree(lost.out)
+    lost, other = by_name(start(), name)
+    assert_finish([lost, other], one_process("north", "west"))
+    assert contents(other.out) == kept
+    assert_equal(weights(lost.out), weights(other.out))
+    assert history(lost.out) == []
+    (other.out / TRAINING.folder / "model.pt").unlink()
+    shutil.rmtree(lost.out)
+    lost, other = by_name(start(), name)
+    assert (lost.end(), other.end()) == (1, 2)
+    for rank in (lost, other):
+        assert "its model is gone; delete the folder to train anew" in rank.summary()
+
+
+@pytest.mark.slow
+def test_a_run_does_not_go_on_with_other_hospitals(start, tmp_path):
+    assert_end(start("--rounds", 1), 0)
+    (tmp_path / "west").rename(tmp_path / "south")
+    (tmp_path / "south" / "west").rename(tmp_path / "south" / "elsewhere")
+    shutil.rmtree(tmp_path / "south" / "out")
+    north, south = start("--rounds", 1, names=("north", "south"))
+    assert (north.end(), south.end()) == (2, 1)
+    expected = (
+        "out/hospitals.json: was made with west 3, now None; south None, now 2. Give the same"
+    )
+    assert expected in north.error
+    assert f"rank 0 (north): {expected}" in south.summary()
 
 
 # ------------------------------------------------------------------------ the parts, in one process
@@ -707,22 +621,6 @@ def test_a_loss_that_explodes_ends_a_rank_before_its_weights_are_sent(
     sent = []
     [reached] = together(1, train, sent=sent)
     assert explodes or reached.round == 1
-
-
-def test_a_rank_holds_its_training_while_it_works(tmp_path):
-    config = Config(scenario="complete", out=str(tmp_path / "out"))
-    run_folder = RunFolder(config, [TRAINING], list(fedgin.ARMS))
-    with run_folder.hold(run_folder.folder(TRAINING)) as held:
-        assert held
-
-
-@pytest.mark.parametrize("all_scores", [None, []])
-def test_a_training_without_a_test_case_finishes(all_scores, tmp_path):
-    folder = TrainingFolder(Config(scenario="complete", out=str(tmp_path / "out")), TRAINING)
-    folder.begin({"north": 2}, CPU)
-    folder.finish(Checkpoint(), all_scores)
-    assert folder.is_finished()
-    assert folder.scores() == []
 
 
 def test_case_ids_stay_at_their_rank():

@@ -89,7 +89,7 @@ def test_a_rank_that_is_stopped_in_a_call_closes_its_links():
 
     stopped, heard = outcomes(2, act)
     assert type(stopped) is KeyboardInterrupt
-    assert str(heard).startswith("another rank was killed, is cut off or takes longer than")
+    assert str(heard).startswith("another rank was stopped, is cut off or takes longer than")
 
 
 def test_a_rank_that_ends_without_a_word_is_noticed_at_once():
@@ -102,7 +102,7 @@ def test_a_rank_that_ends_without_a_word_is_noticed_at_once():
     began = time.monotonic()
     for heard in outcomes(3, act)[1:]:
         assert type(heard) is ConnectionError
-        assert str(heard).startswith("another rank was killed, is cut off or takes longer than")
+        assert str(heard).startswith("another rank was stopped, is cut off or takes longer than")
     assert time.monotonic() - began < 20
 
 
@@ -121,7 +121,7 @@ def test_a_silent_rank_is_waited_for_no_longer_than_the_timeout():
     waited = [0, 0, 0]
     a, _, c = outcomes(3, act, timeout=2)
     for error in (a, c):
-        expected = "another rank was killed, is cut off or takes longer than --timeout 2 ("
+        expected = "another rank was stopped, is cut off or takes longer than --timeout 2 ("
         assert str(error).startswith(expected)
     assert max(waited) < 2 + 3
 
