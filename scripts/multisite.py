@@ -65,7 +65,8 @@ def run(config: Config, name: str, timeout: float) -> None:
                 raise DataError(f"{folder.path}: another process is at work on it")
             folder.begin(n_cases, device)
             if not all(peers.exchange(folder.is_finished())):
-                with Progress({folder.name: count_steps(folder, [name], everyone)}) as progress:
+                steps = count_steps(folder, {name: own.train}, everyone)
+                with Progress({folder.name: steps}) as progress:
                     progress.name = f"{name}: {training.label}"
                     run_training(folder, everyone, device, progress, peers)
         print("", run_folder.report(), sep="\n")
