@@ -8,6 +8,7 @@ Each names its own folder only; docs/several-machines.md says what leaves it. Th
 and of the test are fedgin.py's; here are the rounds whose average goes over ranks (peers.py).
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -29,33 +30,32 @@ from scans.cases import PreparedCase
 from scans.files import DataError
 from scans.organs import check_organs
 from scripts.peers import Peers, join, pack, unpack
-from study import console, hospitals
-from study.config import Checkpoint, Config, Round, Training, make_parser, to_config
+from study import console
+from study.config import Checkpoint, Config, Round, make_parser, to_config
 from study.console import Progress, count_steps
-from study.hospitals import Hospital
+from study.hospitals import Hospital, load_hospitals, validation_cases
 from study.inference import choose_device, mixed_precision
 from study.results import RunFolder, TrainingFolder, environment
 
 USAGE = "torchrun --nnodes 2 --node-rank N … -m scripts.multisite (--mri | --ct) DIR [options]"
 OWN = ("ct", "mri", "test", "layout", "skip_bad", "out", "cache")  # one rank's alone
-PLAIN_NAME = r"[^./\\\0-\x1f][^/\\\0-\x1f]{0,99}"  # also a file's, and not a hidden one's
 SEVERAL = ("scenario", "arms", "ratios", "mri_cases", "seeds", "sites", "gin_probability")
+MODALITIES = ("mri", "ct")
 
 
 def run(config: Config, name: str, timeout: float) -> None:
     """Train one model with the other ranks, test it on this hospital's cases, keep both."""
-    device = choose_device(int(os.environ["LOCAL_RANK"]))
-    print(console.describe(config, device))
-    [training] = fedgin.plan(config)
     with join(name, timeout) as peers:
+        device = choose_device(int(os.environ["LOCAL_RANK"]))
+        print(console.describe(config, device))
+        [training] = fedgin.plan(config)
         run_folder = RunFolder(config, [training], arms=list(fedgin.ARMS))
         check_alike(config, name, device, peers)
-        by_seed, notes = hospitals.load_hospitals(config, all_sites_local=False)
+        by_seed, notes = load_hospitals(config, all_sites_local=False)
         own, *tested = by_seed[training.seed]
         everyone = [own._replace(name=name), *tested]
-        chosen = {training: fedgin.choose_cases(config, training, everyone)}
-        shares = console.describe_hospitals({training.seed: everyone}, chosen)
-        print(*notes, shares, sep="\n", flush=True)
+        shown = console.describe_hospitals({training.seed: everyone}, chosen={})
+        print(*notes, shown, sep="\n", flush=True)
         n_cases = check_cases(config, everyone, peers)
         run_folder.open({training.seed: everyone})
         files.claim(run_folder.out / "hospitals.json", n_cases)
@@ -64,13 +64,10 @@ def run(config: Config, name: str, timeout: float) -> None:
             if not (held or folder.is_finished()):
                 raise DataError(f"{folder.path}: another process is at work on it")
             folder.begin(n_cases, device)
-            if not all(peers.exchange("finished", folder.is_finished())):
-                peers.connect()
-                steps = count_steps(folder, chosen[training], everyone)
-                with Progress({folder.name: steps}) as progress:
+            if not all(peers.exchange(folder.is_finished())):
+                with Progress({folder.name: count_steps(folder, [name], everyone)}) as progress:
                     progress.name = f"{name}: {training.label}"
                     run_training(folder, everyone, device, progress, peers)
-            peers.exchange("kept", None)
         print("", run_folder.report(), sep="\n")
 
 
@@ -83,23 +80,22 @@ def run_training(
 ) -> None:
     """Train and test with the other ranks, from where they stopped; keep what comes of it.
 
-    A rank that has finished tells the others what they lack, and changes nothing of its own.
+    A rank that has finished gives the others what they lack, and changes nothing of its own.
     """
-    config, training, finished = folder.config, folder.training, folder.is_finished()
-    initial = fedgin.make_model(config, training.seed).state_dict()
+    config, seed, finished = folder.config, folder.training.seed, folder.is_finished()
+    initial = fedgin.make_model(config, seed).state_dict()
     checkpoint = start = share_checkpoint(folder.checkpoint(), initial, peers)
     if finished and start.round < config.rounds:
         raise DataError(f"{folder.path}: its model is gone; delete the folder to train anew")
-    modalities = fedgin.ARMS[training.arm].modalities
-    held_out = hospitals.validation_cases(training.seed, everyone, modalities)
-    clients = fedgin.make_clients(config, training, everyone, device)
-    clients, watched = progress.watch_clients(clients, config.rounds), progress.watch(held_out)
-    for checkpoint in train(config, training, clients, watched, device, start, peers):
+    clients = fedgin.make_clients(config, folder.training, everyone, device)
+    clients = progress.watch_clients(clients, config.rounds)
+    held_out = progress.watch(validation_cases(seed, everyone, MODALITIES))
+    for checkpoint in train(folder, clients, held_out, device, start, peers):
         folder.keep_round(checkpoint)
         progress.show_round(checkpoint.history[-1])
     if not (finished or folder.is_trained()):
         folder.keep_model(checkpoint)
-    model = fedgin.make_model(config, training.seed, device, checkpoint.best_weights)
+    model = fedgin.make_model(config, seed, device, checkpoint.best_weights)
     cases = [(hospital, case) for hospital in everyone for case in hospital.test]
     cases_left = progress.watch(cases[folder.n_tested() :], "testing")
     for hospital, case, scores in fedgin.run_test(config, model, cases_left):
@@ -112,8 +108,7 @@ def run_training(
 
 
 def train(
-    config: Config,
-    training: Training,
+    folder: TrainingFolder,
     clients: Mapping[str, Client],
     held_out: Iterable[PreparedCase],
     device: torch.device,
@@ -121,22 +116,20 @@ def train(
     peers: Peers,
 ) -> Iterator[Checkpoint]:
     """The rounds of fedgin.train_arm at the only one of `clients`, with the others elsewhere."""
-    [(name, client)] = clients.items()
-    model = fedgin.make_model(config, training.seed, device, checkpoint.weights)
+    config, [(name, client)] = folder.config, clients.items()
+    model = fedgin.make_model(config, folder.training.seed, device, checkpoint.weights)
     train_mixed = functools.partial(train_locally, autocast=mixed_precision(device))
-    modalities = fedgin.ARMS[training.arm].modalities
     for round_ in range(checkpoint.round + 1, config.rounds + 1):
         began, lr = time.monotonic(), fedgin.learning_rate(config, round_)
         with noting(f"round {round_}, hospital {name}"):
             losses = {name: train_client(model, client, round_, lr, train_mixed)}
             fedgin.check_losses(config, losses)
-            w = peers.average(model.state_dict(), client.n_k)
-        model.load_state_dict(w)
+            model.load_state_dict(peers.average(model.state_dict(), client.n_k))
         val_dice: dict[str, float] = {}
         if config.is_validated(round_):
-            own = fedgin.validate(config, model, held_out, modalities)
+            own = fedgin.validate(config, model, held_out, MODALITIES)
             sums, counts = peers.add_up(torch.stack(own))
-            val_dice = fedgin.mean_dice(sums, counts, modalities)
+            val_dice = fedgin.mean_dice(sums, counts, MODALITIES)
         done = Round(round_, losses, val_dice, seconds=time.monotonic() - began)
         checkpoint = fedgin.keep_round(checkpoint, model, done)
         yield checkpoint
@@ -147,12 +140,12 @@ def check_alike(config: Config, name: str, device: torch.device, peers: Peers) -
     here = environment(device)
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in OWN}
     settings |= {"version of FedGIN": here["version"], "code of FedGIN": here["modules"]}
-    replies = peers.exchange("settings", [name, settings, here["torch"]])
-    names, (first, *_), versions = zip(*replies, strict=True)
-    for rank, (_, other, _) in enumerate(replies):
-        differ = [key for key, value in first.items() if other.get(key) != value]
-        if differ:
-            raise DataError(f"ranks 0 and {rank} were started with different {', '.join(differ)}")
+    replies = peers.exchange([name, settings, here["torch"]])
+    names, all_settings, versions = zip(*replies, strict=True)
+    values = {key: [str(each.get(key)) for each in all_settings] for key in settings}
+    differ = [f"{key}: {' / '.join(v)}" for key, v in values.items() if len(set(v)) > 1]
+    if differ:
+        raise DataError(f"the ranks were started with different {'; '.join(differ)}")
     if len(set(names)) < len(names):
         raise DataError(f"hospitals {', '.join(names)}: two have one name; give one a --name")
     if len(set(versions)) > 1:
@@ -170,9 +163,10 @@ def check_cases(config: Config, everyone: Sequence[Hospital], peers: Peers) -> d
     if own.name in [other.name for other in tested]:
         raise DataError(f"{own.name}: a --test folder has the same name; give another --name")
     labelled = itertools.compress(config.organs, own.train[0].labelled[1:].tolist())
-    replies = peers.exchange("cases", [own.name, len(own.train), list(labelled)])
-    structures = {name: organs for name, _, organs in replies}
-    check_organs(structures, config.organs, config.partial_labels)
+    replies = peers.exchange([own.name, len(own.train), list(labelled)])
+    check_organs(
+        {name: organs for name, _, organs in replies}, config.organs, config.partial_labels
+    )
     return {name: n_k for name, n_k, _ in replies}
 
 
@@ -181,7 +175,7 @@ def share_checkpoint(own: Checkpoint, initial: Weights, peers: Peers) -> Checkpo
 
     So a rank that has lost its folder goes on with the others.
     """
-    replies = peers.exchange("checkpoint", [own.round, own.best_round, own.best_dice])
+    replies = peers.exchange([own.round, own.best_round, own.best_dice])
     source = max(range(peers.size), key=lambda rank: replies[rank][0])
     numbers = torch.cat([pack(w or initial) for w in (own.weights, own.best_weights)])
     parts = peers.add_up(numbers * (peers.rank == source)).chunk(2)
@@ -192,16 +186,16 @@ def share_checkpoint(own: Checkpoint, initial: Weights, peers: Peers) -> Checkpo
 
 def share_scores(own: list[dict[str, Any]], n_organs: int, peers: Peers) -> list[dict[str, Any]]:
     """The test scores of all ranks; a case's id stays with its rank, and others get a number."""
-    told = [{**score, "case": f"case {n // n_organs}"} for n, score in enumerate(own)]
-    parts = peers.exchange("scores", told)
-    parts[peers.rank] = own
-    return [score for part in parts for score in part]
+    sent = [{**score, "case": f"case {n // n_organs}"} for n, score in enumerate(own)]
+    by_rank = peers.exchange(sent)
+    by_rank[peers.rank] = own
+    return list(itertools.chain(*by_rank))
 
 
 def refuse(message: str) -> NoReturn:
     """End a rank that was started with wrong flags, and let the others hear of it."""
-    print(f"multisite (rank {os.environ['RANK']}): {message}", file=sys.stderr)
-    Peers("flags", timeout=60).fail(DataError(message))
+    with contextlib.suppress(DataError, ConnectionError), join("its flags", timeout=60):
+        raise DataError(message)
     sys.exit(2)
 
 
@@ -217,21 +211,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--gin-probability", type=float, default=1.0, metavar="X", help="of images (default: 1)")
     add("--seed", type=int, default=42, metavar="N", help="of all draws (default: 42)")
     add("--name", help="of this hospital (default: its folder's)")
-    add("--timeout", type=float, default=1800.0, metavar="S", help="of waiting (default: 1800 s)")
+    add("--timeout", type=int, default=1800, metavar="S", help="of waiting (default: 1800 s)")
     args = parser.parse_args(argv)
     folders = [*(args.mri or ()), *(args.ct or ())]
     if len(folders) != 1:
         parser.error("name this hospital's folder, and no other, with --mri or --ct")
     name = os.path.basename(os.path.abspath(folders[0])) if args.name is None else args.name
-    if not re.fullmatch(PLAIN_NAME, name):
+    if not re.fullmatch(r"[^./\\\0-\x1f][^/\\\0-\x1f]{0,99}", name):  # the default --out has it
         parser.error(f"{name!r} is no name for a hospital's files; give another --name")
-    if not 0 < args.timeout < float("inf"):
+    if args.timeout < 1:
         parser.error(f"--timeout must be a positive number of seconds, not {args.timeout}")
     if not distributed.is_torchelastic_launched():
         parser.error("must be started by torchrun; see docs/several-machines.md")
-    fixed = {"scenario": "complete", "arms": (args.arm,), "seeds": (args.seed,)}
-    fixed |= {"gin_probability": (args.gin_probability,)}
-    config = to_config(parser, args, **fixed, out=args.out or f"runs/{args.arm}-{name}")
+    args.arms, args.seeds, args.gin_probability = [args.arm], [args.seed], [args.gin_probability]
+    out = args.out or f"runs/{args.arm}-{name}"
+    config = to_config(parser, args, scenario="complete", out=out)
     title, hint = f"multisite (rank {os.environ['RANK']}, {name})", "; the same commands go on"
     return console.run_command(title, lambda: run(config, name, args.timeout), hint)
 

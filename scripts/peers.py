@@ -1,17 +1,19 @@
-"""What the processes that torchrun started say to one another: short messages, and sums of tensors.
+"""What the processes that torchrun started tell one another: short messages, and sums of tensors.
 
     with join("north", timeout=1800) as peers:
-        names = peers.exchange("name", "north")  # what each says, by rank
+        names = peers.exchange("north")  # what each rank says, by rank
         total = peers.add_up(torch.ones(3))
 
-A rank that fails leaves its reason for the others, which end with it.
+All ranks make the same calls in the same order. A rank that fails says why in place of its next
+call, and there the others end with its reason.
 """
 
 import contextlib
 import json
 import os
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,53 +27,57 @@ from federated import RunningAverage, Weights
 class Peers:
     """The ranks, one a hospital, seen from one of them.
 
-    Short messages (JSON) pass through torchrun's store, sums through PyTorch's gloo and the CPU, so
-    that machines with and without a GPU work together. Raises ConnectionError once another rank has
-    failed, has closed its links, or has let this one wait for `timeout` seconds.
+    Everything passes through PyTorch's gloo and the CPU, so that machines with and without a GPU
+    work together; messages are JSON. A call raises ConnectionError if another rank has failed, has
+    closed its links, or lets this one wait for more than `timeout` seconds.
     """
 
     def __init__(self, name: str, timeout: float) -> None:
-        self.name, self.timeout = name, timedelta(seconds=timeout)
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        with linked():
-            store, _, _ = next(distributed.rendezvous("env://", timeout=self.timeout))
-            # After a restart the store still holds what was said before it.
-            attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
-            self.store = distributed.PrefixStore(attempt, store)
-
-    def exchange(self, key: str, value: Any) -> list:
-        """What each rank says under a key, by rank: anything that JSON can hold."""
-        keys = [f"{key}/{rank}" for rank in range(self.size)]
-        with linked():
-            self.store.set(keys[self.rank], json.dumps(value))
-            self._wait(lambda: self.store.check(keys))
-            return [json.loads(self.store.get(each)) for each in keys]
+        self.label, self.timeout = f"rank {self.rank} ({name})", timedelta(seconds=timeout)
+        self.in_step = False  # True between two calls
 
     def connect(self) -> None:
-        """Open the links for sums, once every rank has its data."""
-        device = os.environ.get("GLOO_SOCKET_IFNAME")
-        with linked():
-            if device:  # is it there?
+        """Link all ranks, unless one of them was told of a network device that it does not have."""
+        devices, problem = os.environ.get("GLOO_SOCKET_IFNAME", ""), ""
+        try:
+            for device in filter(None, devices.split(",")):
                 distributed.ProcessGroupGloo.create_device(interface=device)
-            self.exchange("device", None)
+        except RuntimeError as error:
+            problem = f"{self.label}: GLOO_SOCKET_IFNAME={devices}: {error}"
+        with self._call():
+            store, _, _ = next(distributed.rendezvous("env://", timeout=self.timeout))
+            # After a restart the store still holds what was said before it.
+            store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+            store.set(str(self.rank), problem)
+            problem = max(store.get(str(rank)).decode() for rank in range(self.size))
+            if problem:
+                raise ConnectionError(problem)
             distributed.init_process_group(
-                "gloo",
-                store=self.store,
-                rank=self.rank,
-                world_size=self.size,
-                timeout=self.timeout,
+                "gloo", store=store, rank=self.rank, world_size=self.size, timeout=self.timeout
             )
+
+    def exchange(self, message: Any, failure: str = "") -> list:
+        """Send what JSON can hold, return all ranks' messages; failure: why this rank ends."""
+        own = json.dumps([failure, message]).encode()
+        sizes = torch.zeros(self.size, dtype=torch.int64)
+        sizes[self.rank] = len(own)
+        with self._call():
+            distributed.all_reduce(sizes)
+            texts = torch.zeros(self.size, int(sizes.max()), dtype=torch.uint8)
+            texts[self.rank, : len(own)] = torch.tensor(list(own))
+            distributed.all_reduce(texts)
+            replies = [json.loads(bytes(text.tolist()).rstrip(b"\0")) for text in texts]
+            for reason, _ in replies:
+                if reason:
+                    raise ConnectionError(reason)
+        return [reply for _, reply in replies]
 
     def add_up(self, numbers: Tensor) -> Tensor:
         """Add a CPU tensor up over all ranks, in place."""
-        with linked():
-            work = distributed.all_reduce(numbers, async_op=True)
-            self._wait(work.is_completed)
-            try:
-                work.wait()
-            except RuntimeError:  # a rank that failed has closed its links, and left its reason
-                self._check()
-                raise
+        self.exchange(None)  # a rank that failed says so here
+        with self._call():
+            distributed.all_reduce(numbers)
         return numbers
 
     def average(self, w_k: Weights, n_k: float) -> Weights:
@@ -83,57 +89,41 @@ class Peers:
         average.sums, average.total = unpack(total[:-1], like=average.sums), total[-1].item()
         return average.result()
 
-    def fail(self, error: BaseException) -> None:
-        """Tell the others, and torchrun's summary, why this rank ends."""
-        reason = f"rank {self.rank} ({self.name}): {str(error) or 'was stopped'}"
-        if isinstance(error, ConnectionError):
-            reason = str(error)  # another rank's, as a rule
-            error.__notes__ = []  # which blame this rank's round
-        with contextlib.suppress(RuntimeError):
-            self.store.compare_set("failed", "", reason)
-        path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-        if path:
-            message = {"message": reason, "extraInfo": {"timestamp": int(time.time())}}
-            Path(path).write_text(json.dumps({"message": message}))  # as torch's ErrorHandler does
-        time.sleep(1)  # until the others have heard it: the store ends with rank 0's torchrun
-
-    def _wait(self, done: Callable[[], bool]) -> None:
-        """Wait until done() or until another rank has failed."""
-        began = time.monotonic()
-        while not done():
-            waited = time.monotonic() - began
-            self._check()
-            if waited > self.timeout.total_seconds():
-                limit = f"--timeout {self.timeout.total_seconds():g}"
-                raise ConnectionError(f"another rank is cut off or takes longer than {limit}")
-            time.sleep(min(0.001 + waited / 10, 0.2))
-
-    def _check(self) -> None:
-        if self.store.check(["failed"]):
-            raise ConnectionError(self.store.get("failed").decode())
-
-
-@contextlib.contextmanager
-def linked() -> Iterator[None]:
-    """Raise what PyTorch says of a closed or silent link as a ConnectionError."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise ConnectionError(f"another rank is gone: {error}") from error
+    @contextlib.contextmanager
+    def _call(self) -> Iterator[None]:
+        """Re-raise what gloo or the store say of a link that is closed or silent."""
+        self.in_step = False
+        try:
+            yield
+        except RuntimeError as error:
+            limit = f"--timeout {self.timeout.total_seconds():g}"
+            what = f"another rank was stopped, is cut off or takes longer than {limit}"
+            raise ConnectionError(f"{what} ({str(error).split('. ')[0]})") from error
+        self.in_step = True
 
 
 @contextlib.contextmanager
 def join(name: str, timeout: float) -> Iterator[Peers]:
-    """Be one of the ranks; what ends it early is told to the others and to torchrun."""
+    """Be one of the ranks; what ends it early is told to the others and in torchrun's summary."""
     peers = Peers(name, timeout)
     try:
+        peers.connect()
         yield peers
-        peers.exchange("end", None)
+        peers.exchange("end")
     except BaseException as error:
-        peers.fail(error)
+        reason = f"{peers.label}: {str(error) or 'was stopped'}"
+        if isinstance(error, ConnectionError):  # another rank's reason
+            reason, error.__notes__ = str(error), []  # without notes that blame this rank's round
+        elif peers.in_step:
+            print(f"{reason}; telling the other ranks", file=sys.stderr, flush=True)
+            with contextlib.suppress(ConnectionError):
+                peers.exchange(None, failure=reason)
+        summary = {"message": {"message": reason, "extraInfo": {"timestamp": int(time.time())}}}
+        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(summary))
         raise
-    if os.environ["GROUP_RANK"] == "0":
-        time.sleep(1)  # or the others' torchrun may miss the store, and say so at length
+    finally:
+        if os.environ["GROUP_RANK"] == "0":
+            time.sleep(1)  # torchrun's store ends with this rank, and others may still read it
 
 
 def pack(weights: Weights) -> Tensor:
