@@ -417,6 +417,7 @@ def test_a_run_does_not_go_on_with_other_hospitals(start):
         ("", "name this hospital's folder, and no other, with --mri or --ct"),
         ("--mri a --ct b", "name this hospital's folder, and no other"),
         ("--mri a b", "name this hospital's folder, and no other"),
+        ("--ct a --ct b", "name this hospital's folder, and no other"),
         ("--mri a", "must be started by torchrun; see docs/several-machines.md"),
         ("--mri a --seeds 1", "unrecognized arguments: --seeds 1"),
         ("--mri a --sites 2", "unrecognized arguments: --sites 2"),
@@ -466,6 +467,7 @@ def test_a_rank_is_named_by_its_folder(monkeypatch, tmp_path):
     assert (first.ct, first.mri, first.out) == ((f"{tmp_path}/west/",), (), "runs/fl-west")
     assert (first.rounds, first.patch) == (100, 96)  # the defaults for scans
     assert (second.arms, second.seeds, second.out) == (("fedgin",), (42,), "c")
+    assert (first.gin_probability, second.gin_probability) == ((0.25,), (0.25,))
 
 
 @pytest.mark.parametrize("furthest", [0, 1, 2])
@@ -515,6 +517,36 @@ def hospital(name, modality, labelled=(True,) * 5):
 
 
 MRI, CONFIG = hospital("north", "mri"), Config(mri=("north",), arms=("fedgin",))
+
+
+@pytest.mark.parametrize(
+    ("other", "error", "note"),
+    [
+        ({"version": "3.0.1"}, "version of FedGIN: 3.0.0 / 3.0.1", ""),
+        ({"modules": "beef"}, "code of FedGIN: cafe / beef", ""),
+        (
+            {"torch": "2.5.0"},
+            "",
+            "NOTE: the ranks have different versions of PyTorch: 2.4.0, 2.5.0",
+        ),
+        ({"device": "H200", "python": "3.12"}, "", ""),
+    ],
+)
+def test_ranks_with_another_program_are_refused(other, error, note, monkeypatch, capsys):
+    """With another PyTorch, which may change the last digits, they are only told of it."""
+    here = {"version": "3.0.0", "modules": "cafe", "torch": "2.4.0", "device": "cpu"}
+    programs = [here, here | other]
+    monkeypatch.setattr(multisite, "environment", lambda rank: programs[rank])
+
+    def check(peers):
+        multisite.check_alike(CONFIG, "abc"[peers.rank], peers.rank, peers)
+
+    if error:
+        with pytest.raises(DataError, match=f"the ranks were started with different {error}$"):
+            together(2, check)
+    else:
+        together(2, check)
+    assert capsys.readouterr().out == 2 * f"{note}\n" * bool(note)
 
 
 def check_cases(config, *everyone):
