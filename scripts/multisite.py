@@ -1,11 +1,11 @@
-"""FedGIN at hospitals that are apart: one process each, on a machine of its own, under torchrun.
+"""FedGIN at separate hospitals: one process each, on a machine of its own, under torchrun.
 
     torchrun --nnodes 2 --node-rank 0 --nproc-per-node 1 --master-addr 10.0.0.1 \\
         --master-port 29500 -m scripts.multisite --arm fedgin --mri DIR
     torchrun … --node-rank 1 … -m scripts.multisite --arm fedgin --ct DIR  # at the other hospital
 
-Each names its own folder only; docs/several-machines.md says what leaves it. The parts of a round
-and of the test are fedgin.py's; here are the rounds whose average goes over ranks (peers.py).
+Each names only its own folder; docs/several-machines.md says what leaves it. The parts of a round
+and of the test are fedgin.py's; the rounds here average over ranks (peers.py).
 """
 
 import contextlib
@@ -38,12 +38,12 @@ from study.inference import choose_device, mixed_precision
 from study.results import RunFolder, TrainingFolder, environment
 
 USAGE = "torchrun --nnodes 2 --node-rank N … -m scripts.multisite (--mri | --ct) DIR [options]"
-OWN = ("ct", "mri", "test", "layout", "skip_bad", "out", "cache")  # one rank's alone
+OWN = ("ct", "mri", "test", "layout", "skip_bad", "out", "cache")  # in which ranks may differ
 SEVERAL = ("scenario", "arms", "ratios", "mri_cases", "seeds", "sites", "gin_probability")
 MODALITIES = ("mri", "ct")
 
 
-def run(config: Config, name: str, timeout: float) -> None:
+def run(config: Config, name: str, timeout: int) -> None:
     """Train one model with the other ranks, test it on this hospital's cases, keep both."""
     with join(name, timeout) as peers:
         device = choose_device(int(os.environ["LOCAL_RANK"]))
@@ -143,10 +143,10 @@ def check_alike(config: Config, name: str, device: torch.device, peers: Peers) -
     settings |= {"version of FedGIN": here["version"], "code of FedGIN": here["modules"]}
     replies = peers.exchange([name, settings, here["torch"]])
     names, all_settings, versions = zip(*replies, strict=True)
-    for rank, other in enumerate(all_settings):
-        differ = [key for key, value in all_settings[0].items() if other.get(key) != value]
-        if differ:
-            raise DataError(f"ranks 0 and {rank} were started with different {', '.join(differ)}")
+    values = {key: [str(each.get(key)) for each in all_settings] for key in settings}
+    differ = [f"{key}: {' / '.join(v)}" for key, v in values.items() if len(set(v)) > 1]
+    if differ:
+        raise DataError(f"the ranks were started with different {'; '.join(differ)}")
     if len(set(names)) < len(names):
         raise DataError(f"hospitals {', '.join(names)}: two have one name; give one a --name")
     if len(set(versions)) > 1:
@@ -187,9 +187,8 @@ def share_checkpoint(own: Checkpoint, initial: Weights, peers: Peers) -> Checkpo
 
 def share_scores(own: list[dict[str, Any]], n_organs: int, peers: Peers) -> list[dict[str, Any]]:
     """The test scores of all ranks; a case's id stays with its rank, and others get a number."""
-    by_rank = peers.exchange(
-        [{**score, "case": f"case {n // n_organs}"} for n, score in enumerate(own)]
-    )
+    sent = [{**score, "case": f"case {n // n_organs}"} for n, score in enumerate(own)]
+    by_rank = peers.exchange(sent)
     by_rank[peers.rank] = own
     return list(itertools.chain(*by_rank))
 
@@ -210,11 +209,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error = refuse  # type: ignore[method-assign]
     add = parser.add_argument_group("federation").add_argument
     add("--arm", default="fedgin", choices=("fl", "fedgin"), help="without or with GIN")
-    text = "of GIN (default: 0.25, which gains on MRI and costs little on CT; the paper's is 1)"
-    add("--gin-probability", type=float, default=0.25, metavar="X", help=text)
-    add("--seed", type=int, default=42, metavar="N", help="of all draws (default: 42)")
-    add("--name", help="of this hospital (default: its folder's)")
-    add("--timeout", type=int, default=1800, metavar="S", help="of waiting (default: 1800 s)")
+    reason = "0.25, which gains on MRI and costs little on CT; the paper's is 1"
+    share = f"share of the images that GIN transforms (default: {reason})"
+    add("--gin-probability", type=float, default=0.25, metavar="X", help=share)
+    add("--seed", type=int, default=42, metavar="N", help="seed of all draws (default: 42)")
+    add("--name", help="this hospital's name (default: its folder's)")
+    limit = "seconds to wait for another rank (default: 1800)"
+    add("--timeout", type=int, default=1800, metavar="S", help=limit)
     args = parser.parse_args(argv)
     folders = [*(args.mri or ()), *(args.ct or ())]
     if len(folders) != 1:
@@ -226,9 +227,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--timeout must be a positive number of seconds, not {args.timeout}")
     if not distributed.is_torchelastic_launched():
         parser.error("must be started by torchrun; see docs/several-machines.md")
-    fixed = {"scenario": "complete", "arms": (args.arm,), "seeds": (args.seed,)}
-    fixed |= {"gin_probability": (args.gin_probability,)}
-    config = to_config(parser, args, **fixed, out=args.out or f"runs/{args.arm}-{name}")
+    args.arms, args.seeds, args.gin_probability = [args.arm], [args.seed], [args.gin_probability]
+    out = args.out or f"runs/{args.arm}-{name}"
+    config = to_config(parser, args, scenario="complete", out=out)
     title, hint = f"multisite (rank {os.environ['RANK']}, {name})", "; the same commands go on"
     return console.run_command(title, lambda: run(config, name, args.timeout), hint)
 
