@@ -23,13 +23,13 @@ from scans.nifti import GZIP, Scan
 
 FORMAT = 7  # of entries; those of another format are not used
 ARRAYS = ("image", "labels", "foreground_voxels")  # of a volume
-MAKING = ".making-"  # how the name of a folder begins in which an entry is made
+MAKING = ".making-"  # prefix of the temporary folder in which an entry is made
 
 
 def read_volume(folder: Path, id_: str, modality: str, labelled: np.ndarray) -> Volume:
     """Map the arrays of an entry, anew for each use.
 
-    Kept open, those of a few hundred cases would be more files than a process may open.
+    Kept open, the arrays of a few hundred cases would exceed the limit on open files.
     """
     with reading(folder):
         image, labels, voxels = [np.load(folder / f"{n}.npy", mmap_mode="r") for n in ARRAYS]
@@ -45,7 +45,7 @@ def read_target(folder: Path) -> tuple[np.ndarray, tuple[float, ...]]:
 def write_entry(folder: Path, volume: Volume, scan: Scan, target: np.ndarray) -> None:
     """Write a case so that `folder` is whole or absent; target: labels on the scan's own grid.
 
-    Of two copies of a scan, which share an entry, the one that comes second yields.
+    Two copies of a scan share an entry: the first to be written stays, the other is discarded.
     """
     crc = zlib.crc32(np.ascontiguousarray(volume.image).data)
     metadata = {"counts": volume.counts.tolist(), "warnings": scan.warnings, "image_crc": crc}
@@ -57,8 +57,9 @@ def write_entry(folder: Path, volume: Volume, scan: Scan, target: np.ndarray) ->
         np.savez_compressed(made / "target.npz", labels=target, spacing=scan.spacing)
         (made / "entry.json").write_bytes(to_json(metadata))
         for path in made.iterdir():
-            with path.open("rb") as file:
+            with path.open("r+b") as file:
                 os.fsync(file.fileno())
+        sync_folder(made)
         try:
             made.rename(folder)
         except OSError:
@@ -73,14 +74,13 @@ def only_writer(cache: Path) -> Iterator[None]:
     if cache.is_dir() and not os.access(cache, os.W_OK):
         yield  # it can be read, and nobody here can write to it
         return
-    with lock(cache / "lock") as held:
-        if held:
-            for left in cache.glob(f"{MAKING}*"):  # by a process that was killed
-                shutil.rmtree(left, ignore_errors=True)
-            yield
-            return
-    print(f"{cache}: waiting for another process that preprocesses scans", file=sys.stderr)
+    with lock(cache / "lock") as free:
+        pass
+    if not free:
+        print(f"{cache}: waiting for another process that preprocesses scans", file=sys.stderr)
     with lock(cache / "lock", wait=True):
+        for left in cache.glob(f"{MAKING}*"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
         yield
 
 
@@ -96,10 +96,11 @@ def entry_name(
 
 
 def size_and_crc(path: Path) -> tuple[int, int]:
-    """The size and CRC-32 of a file; zeros for one that cannot be opened, as reading it will say.
+    """The size and CRC-32 of a file; zeros if it cannot be opened, as reading it will tell.
 
-    Of a .gz it is the CRC-32 and length of the content, which stand in the last 8 bytes. Where they
-    are those of the last of several parts (bgzip's), that part is shorter than the file.
+    The last 8 bytes of a .gz hold the CRC-32 and length of its content, which are used instead. In
+    a .gz of several parts (bgzip) they describe the last one only. A length below the file's size
+    shows this, and then the whole file is read.
     """
     if not (os.access(path, os.R_OK) and path.is_file()):  # to open a pipe would take for ever
         return 0, 0

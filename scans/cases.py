@@ -51,9 +51,9 @@ def read_case(
 ) -> tuple[Scan | None, np.ndarray, list[str], list[str]]:
     """Read a scan and its labels (uint8: 0 background, then the organs from 1; both canonical).
 
-    Returns (scan, labels, errors, warnings): all errors, of which each names its file, and all that
-    may be wrong with the case. With an error it cannot be used. Organs that the case's data set
-    does not label stay 0, all of them for a case without label files.
+    Returns (scan, labels, errors, warnings): errors make the case unusable, and each names its
+    file; warnings say what may be wrong. Organs that the case's data set does not label stay 0, all
+    of them for a case without label files.
     """
     errors: list[str] = []
     warnings: list[str] = []
@@ -63,8 +63,8 @@ def read_case(
         labels = np.zeros(scan.voxels.shape, dtype=np.uint8)
         warnings += scan.warnings
         warnings += judge_values(case, scan, ct_window)
-    except DataError as error:
-        errors.append(str(error))
+    except (DataError, MemoryError) as error:
+        errors.append(_explain(case.image, error))
     for path, wanted in case.label_files(organs).items():
         try:
             mask = read_nifti(path)
@@ -74,11 +74,17 @@ def read_case(
                     hit = np.isin(np.rint(mask.voxels), values) if values else mask.voxels > 0.5
                     labels[hit] = label
                     drawn[label] += np.count_nonzero(hit)
-        except DataError as error:
-            errors.append(str(error))
+        except (DataError, MemoryError) as error:
+            errors.append(_explain(path, error))
     if scan is not None:
         warnings += judge_organs(case, scan, labels, organs, drawn)
     return scan, labels, errors, warnings
+
+
+def _explain(path: Path, error: Exception) -> str:
+    if isinstance(error, DataError):
+        return str(error)
+    return f"{path}: too large for this machine's memory ({error})"
 
 
 def read_usable(
@@ -143,7 +149,7 @@ def preprocess(
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        return f"{case.image}: too large for this machine's memory ({error})"
+        return _explain(case.image, error)
     return ""
 
 

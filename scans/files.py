@@ -74,7 +74,7 @@ def write(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        error.filename = str(path)  # the system does not say which file a full disk is to hold
+        error.filename = str(path)  # the message of a full disk does not name the file
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -92,7 +92,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def claim(path: Path, content: Mapping[str, Any]) -> None:
-    """Write what a folder is for, or compare it with what stands there; see check_same."""
+    """Write what a folder is used for; if the file exists, compare it (see check_same)."""
     if path.exists():
         check_same(path, read_json(path), content)
     else:
@@ -117,7 +117,7 @@ def _shown(value: Any) -> str:
 def lock(path: Path, wait: bool = False) -> Iterator[bool]:
     """Hold a lock file, which the system frees if this process dies; yield whether it is held.
 
-    It is not if another process holds it, unless this one is to wait.
+    If another process holds it, wait for it with `wait`, and yield False without.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
@@ -164,7 +164,7 @@ def to_pt(content: Mapping[str, Any]) -> bytes:
 def read_pt(path: Path) -> dict[str, Any]:
     """What torch.save wrote: tensors and plain values; opening it runs no code.
 
-    Raises DataError for a file that is damaged, by a single bit even, or something else.
+    Raises DataError for another kind of file, and for a damaged one, even by a single bit.
     """
     with reading(path), zipfile.ZipFile(path) as archive:
         # torch.load checks no checksum, and reads entries flagged as directories as empty.

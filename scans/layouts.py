@@ -57,9 +57,9 @@ def find_cases(
 ) -> list[Case]:
     """List the labelled cases of a folder, sorted by id, with the masks of these organs.
 
-    The layout is seen from what is in the folder unless given. modality "ct" or "mri" keeps those
-    cases only, and says what a data set is that does not say so itself. A case of which a file is
-    missing is listed too: reading it names the file. Raises DataError if the folder is missing,
+    Unless `layout` is given, the content of the folder decides it. `modality` keeps the cases of
+    this modality only, and says what a data set is that does not say so itself. A case that lacks a
+    file is listed too, and reading it names the file. Raises DataError if the folder is missing,
     looks like two layouts, or holds no such case.
     """
     root = Path(folder)
@@ -150,6 +150,7 @@ def _amos(root: Path, organs: Sequence[str], modality: str | None) -> Iterator[C
             kind = "mri" if int(id_[-4:]) > 500 else "ct"
             # Nobody has drawn bladder and prostate in MRI.
             values = {organ: (n,) for n, organ in AMOS.items() if kind == "ct" or n < 14}
+            check_apart(root, values, match(organs, values))
             masks, known = _label_map(labels / name, values, organs), (0, *AMOS)
             yield Case(str(root), id_, kind, split, images / name, masks, known, tuple(values))
 
@@ -189,9 +190,8 @@ def read_splits(
 ) -> tuple[dict[str, str], list[str]]:
     """{id: split} by the table meta.csv beside the scans, empty without one, and warnings.
 
-    Raises DataError where the split of a case cannot be told, because a case that is meant for the
-    test would be trained on. Unless the layout usually has such a table, one without the two
-    columns is somebody else's.
+    Raises DataError where the split of a case is unclear, because a test case might be trained on.
+    A table without the two columns is an error if is_usual, and ignored with a warning otherwise.
     """
     files = [path for name, path in names_in(root).items() if name.lower() == "meta.csv"]
     tables = {file: _read_rows(file) for file in files}

@@ -64,8 +64,8 @@ def read_nifti(path: Path) -> Scan:
         n_odd = voxels.size - int(np.isfinite(voxels).sum())
         if n_odd:
             raise ValueError(f"it has {n_odd} voxels that are NaN or infinite")
-    spacing = tuple(voxel_sizes(canonical.affine).tolist())
-    return Scan(voxels, spacing, canonical.affine, file.header, _header_warnings(file))
+        spacing = tuple(voxel_sizes(canonical.affine).tolist())
+        return Scan(voxels, spacing, canonical.affine, file.header, _header_warnings(file))
 
 
 def _parse(content: bytes) -> nibabel.Nifti1Image:
@@ -79,6 +79,8 @@ def _parse(content: bytes) -> nibabel.Nifti1Image:
     if not all(math.isfinite(mm) and mm != 0 for mm in pixdim):  # nibabel would mend a 0
         raise ValueError(f"voxel size {pixdim} mm is zero or not finite")
     header.check_fix(SILENT)
+    if header.get_data_offset() < header.sizeof_hdr:
+        raise ValueError("its voxels would begin inside its header (vox_offset)")
     shape, dtype = header.get_data_shape(), header.get_data_dtype()
     if len(shape) < 3 or min(shape) < 1 or math.prod(shape) != math.prod(shape[:3]):
         raise ValueError(f"shape {shape}; expected one 3D volume")

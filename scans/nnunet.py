@@ -53,7 +53,7 @@ def modality_of(file: Path, channels: Sequence[str], modality: str | None) -> st
 
 
 def find_files(root: Path, ending: str) -> dict[str, tuple[Path, Path]]:
-    """{id: (its image, its labels)} of each case of which one of the two is there."""
+    """{id: (its image, its labels)} of each case that has at least one of the two."""
     images, labels = names_in(root / "imagesTr"), names_in(root / "labelsTr")
     right = f"_0000{ending}"
     ids = {name.removesuffix(ending) for name in labels if name.endswith(ending)}
@@ -80,7 +80,7 @@ def warn_of_parts(values: Mapping[str, tuple[int, ...]], organs: Sequence[str]) 
 
 
 def warn_of_lists(file: Path, n_cases: int) -> list[str]:
-    """Warnings of what a dataset.json says of its cases: they are those that are in the folders."""
+    """Warnings where dataset.json lists other cases than the folders hold; the folders count."""
     dataset, root = read_json(file), file.parent
     folders = [(root / name).resolve() for name in ("imagesTr", "labelsTr")]
     text = json.dumps(dataset.get("training"), ensure_ascii=False)

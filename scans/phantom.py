@@ -16,8 +16,8 @@ trained on TotalSegmentator; its anatomy has the same distribution. It was set f
     CT contrast phase          portal venous               native, late arterial or delayed
     CT kernel (Gaussian)       0.5 voxels                  0.8 voxels: softer
     CT noise                   10 HU, white                15 HU, correlated over 0.8 voxels
-    MRI share of T2 weighting  Beta(0.5, 0.5): most near   0.4 to 0.6: neither T1 nor T2, where seen
-                               0 (T1) or 1 (T2)            has one case in eight
+    MRI share of T2 weighting  Beta(0.5, 0.5): most near   0.4 to 0.6: neither T1 nor T2, as one
+                               0 (T1) or 1 (T2)            seen case in eight
     MRI signal of fat          0.35 to 1 of it left        0 to 0.2: suppressed
     MRI bias field             0.25 (log, deviation)       0.5
     MRI noise                  0.02                        0.04

@@ -84,8 +84,8 @@ def may_be_hounsfield(values: np.ndarray) -> bool:
         return False
     if has_air(values):
         return True
-    # A crop: what is not padding ends where tissue does, and if fat is not what is lowest in it,
-    # nothing else lies there in a heap, as air does that is 0.
+    # A crop without air: its lowest values are fat, or only a few voxels. Many voxels at the lowest
+    # value would be air stored as 0, so these would not be Hounsfield units.
     inside = values[values > -1200]
     low, organs, high = np.percentile(inside, (0.5, 95, 99.5))
     heap = (inside < low + 0.05 * (high - low)).mean()
@@ -95,7 +95,7 @@ def may_be_hounsfield(values: np.ndarray) -> bool:
 def is_ct(values: np.ndarray) -> bool:
     """Whether a sample of an MRI has a CT's shares of air, fat and tissue.
 
-    A phase, which is noise in air, has as many high values as low ones; a CT has not.
+    A phase, which is noise in air, has as many high as low values; a CT has far fewer high ones.
     """
     ranges = (-1100, -850), (-200, -30), (0, 100)
     air, fat, tissue = (((low < values) & (values < high)).mean() for low, high in ranges)

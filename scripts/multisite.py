@@ -116,7 +116,7 @@ def train(
     checkpoint: Checkpoint,
     peers: Peers,
 ) -> Iterator[Checkpoint]:
-    """The rounds of fedgin.train_arm at the only one of `clients`, with the others elsewhere."""
+    """The rounds of fedgin.train_arm for this rank's only client, while the others train theirs."""
     config, [(name, client)] = folder.config, clients.items()
     model = fedgin.make_model(config, folder.training.seed, device, checkpoint.weights)
     train_mixed = functools.partial(train_locally, autocast=mixed_precision(device))
@@ -187,7 +187,7 @@ def share_checkpoint(own: Checkpoint, initial: Weights, peers: Peers) -> Checkpo
 
 def share_scores(own: list[dict[str, Any]], n_organs: int, peers: Peers) -> list[dict[str, Any]]:
     """The test scores of all ranks; a case's id stays with its rank, and others get a number."""
-    sent = [{**score, "case": f"case {n // n_organs}"} for n, score in enumerate(own)]
+    sent = [{**score, "case": f"case {peers.rank}-{n // n_organs}"} for n, score in enumerate(own)]
     by_rank = peers.exchange(sent)
     by_rank[peers.rank] = own
     return list(itertools.chain(*by_rank))

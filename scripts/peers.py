@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, distributed
 
 from federated import RunningAverage, Weights
+from scans.machine import is_out_of_memory
 
 
 class Peers:
@@ -96,6 +97,8 @@ class Peers:
         try:
             yield
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             limit = f"--timeout {self.timeout.total_seconds():g}"
             what = f"another rank was stopped, is cut off or takes longer than {limit}"
             raise ConnectionError(f"{what} ({str(error).split('. ')[0]})") from error

@@ -245,5 +245,5 @@ def to_config(parser: argparse.ArgumentParser, args: argparse.Namespace, **fixed
     }
     try:
         return Config(**settings)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))

@@ -34,7 +34,7 @@ def count_steps(folder: TrainingFolder, chosen: Mapping, everyone: Sequence[Hosp
 
 @dataclasses.dataclass
 class Watched:
-    """Items of which each moves the bar once it has been worked on."""
+    """Items that move the bar, by one step after each."""
 
     items: Iterable[Any]
     progress: "Progress"

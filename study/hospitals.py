@@ -47,8 +47,9 @@ def load_hospitals(
     """All hospitals by seed, MRI first and --test last; and what to tell the user about the data.
 
     Every scan is read here, once. Raises DataError for folders that do not fit together, for cases
-    that cannot be used, and where no training case has a needed modality; what names of files tell
-    is told before a scan is read. Unless all_sites_local, other sites may label missing organs.
+    that cannot be used, and where no training case has a needed modality; problems that names of
+    files show are raised before any scan is read. all_sites_local=False allows organs that only
+    other sites label.
     """
     sources = find_sources(config)
     check_modalities(needed, {source.modality for source in sources})
@@ -195,8 +196,8 @@ def validation_cases(
 ) -> list[PreparedCase]:
     """A few cases of each hospital of these modalities to validate on, the same in every round.
 
-    Of more than VAL_CASES they are taken one by one, each time the one with the organs that those
-    taken so far hold least often; an order drawn by the seed decides between equals. Training cases
+    A hospital with more than VAL_CASES gives those that balance the organs: each next case holds
+    the organs that are rarest among those chosen, and the seed breaks ties. Training cases
     stand in at a hospital that has no validation case.
     """
     chosen = []

@@ -19,7 +19,7 @@ from unet3d import UNet3D, memory_format
 def choose_device(index: int = 0) -> torch.device:
     """The GPU of this number, modulo the number of GPUs; without one, the CPU.
 
-    The GPU becomes the current one, and cuDNN tries its algorithms out, as patches have one size.
+    The GPU becomes the current one. cuDNN benchmarks its algorithms: all patches have one size.
     Float32 is float32: TF32, which has 10 bits of mantissa, is PyTorch's default in convolutions,
     and its 3D ones are broken in cuDNN 9.10.2 to 9.15 (pytorch#167024).
     """

@@ -2,7 +2,7 @@
 
     config.json            the settings that all trainings share
     cases-seed42.json      the split and the contents of each case, by hospital
-    results.md             the tables; like scores.csv and history.csv, made from the trainings'
+    results.md             the tables; like scores.csv and history.csv made from the trainings
     fedgin-1-5-p1-seed42/  a training
         training.json      what it is, on how many cases it trains, and where it began
         checkpoint.pt      its state after the last round, until model.pt is there
@@ -129,15 +129,14 @@ class TrainingFolder:
         of_case = {**dataclasses.asdict(self.training), "hospital": hospital.name}
         of_case["scanner"] = "seen" if hospital.modality else "unseen"
         of_case |= {"case": case.id, "modality": case.modality}
-        self._write_scores(self.scores() + tables.score_rows(of_case, scores))
-
-    def _write_scores(self, scores: Sequence[Mapping]) -> None:
-        files.write(self.path / "testing.json", files.to_json({"scores": scores}))
+        rows = self.scores() + tables.score_rows(of_case, scores)
+        files.write(self.path / "testing.json", files.to_json({"scores": rows}))
 
     def finish(self, checkpoint: Checkpoint, all_scores: Sequence[Mapping] | None = None) -> None:
         """End a training whose last test case is scored; all_scores: with those of other sites."""
         self._write_history(checkpoint)
-        self._write_scores(self.scores() if all_scores is None else all_scores)
+        rows = self.scores() if all_scores is None else all_scores
+        files.write(self.path / "testing.json", files.to_json({"scores": rows}))
         (self.path / "checkpoint.pt").unlink(missing_ok=True)  # if a kill has left it
         (self.path / "testing.json").replace(self.path / "scores.json")
 

@@ -5,6 +5,7 @@ over seeds. A score is a dict with the keys of SCORE; what is not scored has NaN
 """
 
 import math
+import operator
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -179,19 +180,14 @@ def paired_difference(a: Iterable[Score], b: Iterable[Score], modality: str) -> 
     The interval is the 95 % percentile bootstrap over cases (Efron & Tibshirani 1993), 2,000 draws
     of a generator with a fixed seed. NaN with fewer than two cases.
     """
-    dice_a, dice_b = (
-        {
-            (score["hospital"], score["case"], score["organ"], score["seed"]): score["dice"]
-            for score in scores
-            if score["modality"] == modality
-        }
-        for scores in (a, b)
-    )
+    key = operator.itemgetter("hospital", "case", "modality", "organ", "seed")
+    dice_b = {key(score): score["dice"] for score in b}
     by_case: dict[tuple, dict[str, list[float]]] = {}
-    for (*case, organ, seed), dice in dice_a.items():
-        difference = dice - dice_b.get((*case, organ, seed), math.nan)
-        if not math.isnan(difference):
-            by_case.setdefault(tuple(case), {}).setdefault(organ, []).append(difference)
+    for score in a:
+        difference = score["dice"] - dice_b.get(key(score), math.nan)
+        if score["modality"] == modality and not math.isnan(difference):
+            case = score["hospital"], score["case"]
+            by_case.setdefault(case, {}).setdefault(score["organ"], []).append(difference)
     if len(by_case) < 2:
         return math.nan, math.nan, math.nan
     organs = sorted({organ for found in by_case.values() for organ in found})

@@ -307,3 +307,15 @@ def test_a_case_that_memory_does_not_hold_is_a_bad_one_and_a_bug_is_not(tmp_path
             load(cases, ORGANS, 12.0, tmp_path)
     with pytest.raises(RuntimeError, match="a bug"):
         load(cases, ORGANS, 12.0, tmp_path, skip_bad=True)
+
+
+def test_a_scan_too_large_for_memory_is_named(tmp_path, monkeypatch):
+    [case, *_] = find_cases(write_totalsegmentator(tmp_path / "ct", "ct", 1))
+
+    def fail(path):
+        raise MemoryError("Unable to allocate 9 GiB")
+
+    monkeypatch.setattr(cases_module, "read_nifti", fail)
+    _, _, errors, _ = read_case(case, ORGANS)
+    reason = "too large for this machine's memory (Unable to allocate 9 GiB)"
+    assert errors[0] == f"{case.image}: {reason}"

@@ -252,3 +252,11 @@ def test_before_the_first_round_nothing_is_reached():
     assert (start.round, start.weights, start.history) == (0, None, ())
     assert (start.best_round, start.best_weights) == (0, None)
     assert not start.best_dice >= -1e300
+
+
+def test_a_folder_that_cannot_be_looked_at_ends_with_exit_code_2(capsys):
+    parser = make_parser(None)
+    with pytest.raises(SystemExit) as end:
+        to_config(parser, parser.parse_args(["--out", "x" * 300]))
+    assert end.value.code == 2
+    assert "File name too long" in capsys.readouterr().err

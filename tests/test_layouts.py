@@ -242,3 +242,9 @@ def test_a_scan_is_what_its_layout_says(modality, tmp_path):
         assert check.main([str(root), "--modality", other]) == 1
         with pytest.raises(DataError, match=message):
             predict.find_scans([str(root)], other, None, ORGANS)
+
+
+def test_organs_that_share_a_number_of_amos22_are_refused(tmp_path):
+    write_amos(tmp_path / "amos", "ct", 2)
+    with pytest.raises(DataError, match="kidneys and left kidney share voxels"):
+        find_cases(tmp_path / "amos", organs=("kidneys", "left kidney"))

@@ -172,7 +172,11 @@ def test_each_rank_keeps_what_is_its_own(three_ranks, sites):
         assert [row["organ"] for row in scores] == [*ORGANS] * 3
         for row in scores:
             own = row["hospital"] == name
-            assert row["case"].startswith(ids[name]) if own else row["case"] == "case 0"
+            assert (
+                row["case"].startswith(ids[name])
+                if own
+                else row["case"] == f"case {list(MODALITY).index(row['hospital'])}-0"
+            )
             assert row["modality"] == MODALITY[row["hospital"]]
         metadata = json.loads((rank.out / TRAINING.folder / "training.json").read_text())
         assert metadata["cases"] == {"north": 2, "south": 2, "west": 3}
@@ -499,7 +503,7 @@ def test_case_ids_stay_at_their_rank():
         ]
         return multisite.share_scores(scores, 2, peers)
 
-    all_ids = ["s7", "s8", "case 0"], ["case 0", "case 1", "amos_1"]
+    all_ids = ["s7", "s8", "case 1-0"], ["case 0-0", "case 0-1", "amos_1"]
     for found, expected in zip(together(2, share, sent=sent), all_ids, strict=True):
         assert [score["case"] for score in found[::2]] == expected
         assert [score["case"] for score in found[1::2]] == expected

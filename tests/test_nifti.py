@@ -374,3 +374,16 @@ def test_every_flipped_bit_of_a_compressed_file_is_noticed(tmp_path):
         path.write_bytes(content[:-missing])
         with pytest.raises(DataError, match="cannot be read"):
             read_nifti(path)
+
+
+def test_voxels_that_would_begin_inside_the_header_are_refused(tmp_path):
+    """nibabel reads such a file from byte 0, so that the header becomes voxels."""
+    path = tmp_path / "scan.nii"
+    nibabel.save(nibabel.Nifti1Image(np.ones((8, 8, 8), np.float32), np.diag([9, 9, 9, 1])), path)
+    content = bytearray(path.read_bytes())
+    content[108:112] = np.float32(0).tobytes()  # vox_offset
+    path.write_bytes(content)
+    with pytest.raises(
+        DataError, match=r"scan.nii: cannot be read \(its voxels would begin inside"
+    ):
+        read_nifti(path)
