@@ -51,7 +51,11 @@ class Peers:
             # After a restart the store still holds what was said before it.
             store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
             store.set(str(self.rank), problem)
-            problem = max(store.get(str(rank)).decode() for rank in range(self.size))
+            try:
+                problem = max(store.get(str(rank)).decode() for rank in range(self.size))
+            except RuntimeError:  # the others may have ended with this rank's problem
+                if not problem:
+                    raise
             if problem:
                 raise ConnectionError(problem)
             distributed.init_process_group(
