@@ -352,6 +352,7 @@ def test_a_stop_while_testing_does_not_begin_the_test_again(tmp_path, quick, mon
     assert_same(outcome(tmp_path / "calm"), outcome(tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_extended_and_trains_nothing_twice(
     tmp_path, quick, few, monkeypatch, capsys
 ):
@@ -593,6 +594,7 @@ def test_without_mri_cases_all_of_ct_train():
     study.hospitals.check_modalities({"ct"}, {"ct"})
 
 
+@pytest.mark.slow
 def test_the_screen_says_who_trains_on_what(tmp_path, quick, capsys):
     args = ["--ratios", "1:1", "1:5", "--mri-cases", 3, "--arms", "fl", "centralized"]
     assert command(*args, "--rounds", 1, "--seeds", 1, 2, "--out", tmp_path) == 0
@@ -1034,6 +1036,7 @@ def test_a_modality_that_cannot_be_validated_does_not_count():
     assert keep_rounds([{"mri": math.nan}] * 3, {"mri": 1.0})[-1].best_round == 3
 
 
+@pytest.mark.slow
 def test_an_arm_goes_on_in_the_round_in_which_it_stopped():
     settings = config("--rounds", 4)
     whole = list(train_arm(settings, FEDGIN))
@@ -1135,6 +1138,7 @@ def test_a_diverging_run_ends_with_exit_code_1(tmp_path, capsys):
     assert "; NOT FINISHED: 1 of the trainings" in (tmp_path / "out/results.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_bug_ends_the_program_with_its_traceback_and_notes(tmp_path):
     """As somebody sees it who has changed a line of the method, here of the loss."""
     changed = "import sys, fedgin; fedgin.segmentation_loss = lambda logits, targets, weight: "
