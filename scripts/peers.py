@@ -112,7 +112,7 @@ def join(name: str, timeout: float) -> Iterator[Peers]:
         peers.exchange("end")
     except BaseException as error:
         reason = f"{peers.label}: {str(error) or 'was stopped'}"
-        if isinstance(error, ConnectionError):  # another rank's reason
+        if type(error) is ConnectionError:  # another rank's reason
             reason, error.__notes__ = str(error), []  # without notes that blame this rank's round
         elif peers.in_step:
             print(f"{reason}; telling the other ranks", file=sys.stderr, flush=True)
