@@ -119,7 +119,7 @@ def join(name: str, timeout: float) -> Iterator[Peers]:
         peers.exchange("end")
     except BaseException as error:
         reason = f"{peers.label}: {str(error) or 'was stopped'}"
-        if isinstance(error, ConnectionError):  # another rank's reason
+        if type(error) is ConnectionError:  # another rank's reason
             reason, error.__notes__ = str(error), []  # without notes that blame this rank's round
         elif peers.in_step:
             print(f"{reason}; telling the other ranks", file=sys.stderr, flush=True)
@@ -129,6 +129,8 @@ def join(name: str, timeout: float) -> Iterator[Peers]:
         Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(summary))
         raise
     finally:
+        if distributed.is_initialized():  # else gloo's threads may abort the exit: pytorch#190489
+            distributed.destroy_process_group()
         if os.environ["GROUP_RANK"] == "0":
             time.sleep(1)  # torchrun's store ends with this rank, and others may still read it
 

@@ -118,6 +118,7 @@ for line in sys.stdin:
         os.environ.update(task["environ"])
         exec(task["patch"])
         code = multisite.record_bug(multisite.main)(task["flags"])
+        code = 99 if torch.distributed.is_initialized() else code  # which may abort at the exit
     except SystemExit as end:
         code = end.code
     except BaseException:

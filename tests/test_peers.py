@@ -29,7 +29,12 @@ def test_a_rank_may_be_slower_than_the_others_again_and_again():
 
 
 @pytest.mark.parametrize(
-    ("error", "reason"), [(DataError("no scan"), "no scan"), (KeyboardInterrupt(), "was stopped")]
+    ("error", "reason"),
+    [
+        (DataError("no scan"), "no scan"),
+        (BrokenPipeError("nobody reads stdout"), "nobody reads stdout"),
+        (KeyboardInterrupt(), "was stopped"),
+    ],
 )
 def test_all_ranks_end_with_the_reason_of_one_that_fails(error, reason, capsys):
     """At their next call, whatever it is; no note blames what they were at themselves."""
