@@ -129,7 +129,7 @@ def join(name: str, timeout: float) -> Iterator[Peers]:
         Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(summary))
         raise
     finally:
-        if distributed.is_initialized():  # else gloo's threads may abort the exit: pytorch#190489
+        if distributed.is_initialized():  # else gloo's threads may abort the exit: pytorch#179291
             distributed.destroy_process_group()
         if os.environ["GROUP_RANK"] == "0":
             time.sleep(1)  # torchrun's store ends with this rank, and others may still read it
