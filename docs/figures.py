@@ -125,6 +125,8 @@ def ratios(run: Run):
                     continue
                 x, mean, deviation = np.array(points).T
                 style = {"color": colour, "linestyle": line, "capsize": 2, "marker": "."}
+                if "ct" not in ARMS[arm].modalities:  # one training, whatever the ratio
+                    style["marker"], deviation[1:] = "", np.nan
                 axis.errorbar(x + 0.05 * (n - 2), mean, deviation, **style)
                 ends[arm if p is None else f"{arm} p={p:g}"] = mean[-1], colour
             heights = spread([end for end, _ in ends.values()])
@@ -134,7 +136,7 @@ def ratios(run: Run):
     ticks = [f"{name} (1:6)" if name == "all" else name for name in names]
     axes[0, 0].set_xticks(range(len(names)), ticks)
     axes[0, 0].set_xlim(-0.3, len(names) + 0.2)
-    axes[0, 0].set_ylim(0.15, 1)
+    axes[0, 0].set_ylim(0, 1)
     figure.supylabel(f"test Dice, mean ± deviation over {n_seeds} seeds")
     figure.supxlabel("MRI:CT training cases")
     return figure
@@ -157,8 +159,8 @@ def probability(run: Run):
             axis.errorbar(x, mean, deviation, label=m.upper(), **style)
         axis.set_title(title)
         axis.set_xlabel("p, the probability of GIN (0: FedAvg without GIN)")
-    axes[0].set_ylabel("test Dice")
-    axes[0].set_ylim(0.2, 1)
+    axes[0].set_ylabel("test Dice, mean ± deviation")
+    axes[0].set_ylim(0, 1)
     axes[0].legend(frameon=False)
     return figure
 

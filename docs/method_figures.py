@@ -183,8 +183,10 @@ def one_round():
     """A round of federated averaging at an MRI and a CT hospital."""
     figure, axis = plt.subplots(figsize=(9, 5.4))
     canvas(axis)
-    average = "server:  w ← Σₖ (nₖ / Σⱼ nⱼ) · wₖ  =  (2 · w₁ + 10 · w₂) / 12"
-    box(axis, 5, 9.2, f"{average}\nreceives weights and case counts, never scans", fontsize=12)
+    average = "server:  (4)  w ← Σₖ (nₖ / Σⱼ nⱼ) · wₖ  =  (2 · w₁ + 10 · w₂) / 12"
+    axis.add_patch(plt.Rectangle((0.1, 8.5), 9.8, 1.4, fill=False, linewidth=1.4))
+    text = f"{average}\nreceives weights and case counts, never scans"
+    axis.text(5, 9.2, text, ha="center", va="center", fontsize=12)
     for x, k, modality, n in ((2.4, "₁", "mri", 2), (7.6, "₂", "ct", 10)):
         colour = MODALITY_COLOURS[modality]
         wall = {"fill": False, "linestyle": "--", "edgecolor": colour, "linewidth": 2}
@@ -200,10 +202,12 @@ def one_round():
             show(inset, picture[:, :, z], cut(picture))
             axis.text(middle, 2.75, name, ha="center", va="center", fontsize=10)
         arrow(axis, (x - 0.3, 4.05), (x + 0.3, 4.05))
-        train = f"train the U-Net from w (AdamW)\nnew intensities, same labels  →  w{k}"
-        box(axis, x, 1.4, train, (colour, 0.35), fontsize=11)
-        arrow(axis, (x - 0.5, 8.55), (x - 0.5, 6.1), "w", shift=-0.15)
-        arrow(axis, (x + 0.5, 6.1), (x + 0.5, 8.55), f"w{k}, n{k} = {n}", shift=0.15)
+        axis.text(x, 4.3, "GIN", ha="center", fontsize=10)
+        arrow(axis, (x + 1.25, 2.5), (x + 1.25, 2.05))
+        train = f"(2)  train the U-Net from w (AdamW):\nnew intensities, same labels  →  w{k}"
+        box(axis, x, 1.3, train, (colour, 0.35), fontsize=11)
+        arrow(axis, (x - 0.5, 8.5), (x - 0.5, 6.1), "(1)  w", shift=-0.15)
+        arrow(axis, (x + 0.5, 6.1), (x + 0.5, 8.5), f"(3)  w{k}, n{k} = {n}", shift=0.15)
     return figure
 
 
@@ -222,11 +226,11 @@ def arms():
             box(axis, x, 0.8, modality.upper(), colour, alpha=1 if takes_part else 0.4)
             if takes_part:
                 to = 5 if arm.pooled else x
-                arrow(axis, (x, 1.7), (to, 2.9), style="-")
-                arrow(axis, (to, 2.9), (to, 5.2))
+                arrow(axis, (x, 1.35), (to, 2.9), style="-")
+                arrow(axis, (to, 2.9), (to, 5.35))
                 box(axis, to, 5.9, "train", "white" if arm.pooled else colour)
                 if arm.gin:
-                    box(axis, to, 3.4, "GIN", fontweight="bold")
+                    box(axis, to, 3.4, "GIN (p)", fontweight="bold")
                 if len(arm.modalities) > 1 and not arm.pooled:
                     arrow(axis, (x, 6.7), (5, 7.9), style="<->")
                     box(axis, 5, 8.5, "server")
