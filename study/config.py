@@ -107,21 +107,21 @@ class Config:
         action="store",
         metavar=("LOW", "HIGH"),
     )
-    rounds: int = flag(20, "number of federated rounds", scans=100)
-    local_steps: int = flag(30, "training steps per round, at every hospital", scans=50)
+    rounds: int = flag(30, "number of federated rounds", scans=100)
+    local_steps: int = flag(10, "training steps per round, at every hospital", scans=50)
     batch_size: int = flag(2, "patches per training step")
     patch: int = flag(32, "width of a patch in voxels", scans=96)
     width: int = flag(8, "channels at the U-Net's first level", scans=32)
     depth: int = flag(4, "levels of the U-Net; 2^(depth − 1) must divide --patch", scans=5)
     lr: float = flag(
-        4e-3, "initial learning rate; round t of T uses (1 − (t − 1) / T)^0.9 of it", scans=1e-3
+        6e-3, "initial learning rate; round t of T uses (1 − (t − 1) / T)^0.9 of it", scans=1e-3
     )
     gin_probability: tuple[float, ...] = flag(
         (1.0, 0.25),
         "probability p that GIN is applied to a training image, in arms with GIN, which are "
         "trained once for each p: the paper has 1; CT loses less with 0.25",
     )
-    val_every: int = flag(1, "rounds from one validation to the next", scans=5)
+    val_every: int = flag(3, "rounds from one validation to the next", scans=5)
     nsd_tolerance: float = flag(SPACING, "mm within which a surface counts as right", scans=2.0)
     out: str = flag("", "folder for the results (default: runs/SCENARIO)", metavar="DIR")
     cache: str = flag("", "folder for preprocessed scans (default: beside --out)", metavar="DIR")

@@ -15,7 +15,7 @@ from study.config import Checkpoint, Config, Training, make_parser, to_config
 
 SCANS = {"ct": ("ct_set",), "mri": ("mri_set",)}
 GPU_SIZED = {"patch": 96, "width": 32, "depth": 5, "rounds": 100, "local_steps": 50, "lr": 1e-3}
-CPU_SIZED = {"patch": 32, "width": 8, "depth": 4, "rounds": 20, "local_steps": 30, "lr": 4e-3}
+CPU_SIZED = {"patch": 32, "width": 8, "depth": 4, "rounds": 30, "local_steps": 10, "lr": 6e-3}
 CHOICES = {"scenario": fedgin.SCENARIOS, "arms": fedgin.ARMS, "ratios": fedgin.RATIOS}
 
 
@@ -27,7 +27,7 @@ def parse(args):
 @pytest.mark.parametrize(
     ("flags", "folders", "defaults"),
     [
-        ("", {}, {**CPU_SIZED, "spacing": 9.0, "nsd_tolerance": 9.0, "val_every": 1}),
+        ("", {}, {**CPU_SIZED, "spacing": 9.0, "nsd_tolerance": 9.0, "val_every": 3}),
         ("--ct ct_set --mri mri_set", SCANS, {**GPU_SIZED, "spacing": 2.0, "val_every": 5}),
         ("--ct ct_set", {"ct": ("ct_set",)}, {**GPU_SIZED, "nsd_tolerance": 2.0}),
         ("--mri mri_set", {"mri": ("mri_set",)}, {**GPU_SIZED, "spacing": 2.0}),
@@ -193,7 +193,7 @@ def test_help_has_every_flag_with_its_defaults_and_does_nothing_else(tmp_path, m
         assert f" --{field.name.replace('_', '-')} " in text
         assert field.metadata["help"].split("%")[0] in text
     for default in (
-        "federated rounds (default: 20, on scans 100)",
+        "federated rounds (default: 30, on scans 100)",
         "to which scans are resampled (default: 9.0, on scans 2.0)",
         "(default: liver kidneys spleen pancreas gallbladder)",
         "mean ± deviation (default: 42)",

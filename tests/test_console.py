@@ -202,7 +202,7 @@ def test_a_run_is_described_by_its_data_and_its_settings():
     assert "PHANTOMS" in first
     assert "say nothing about patients" in first
     settings = [line.split() for line in lines]
-    for setting in (["seeds", "1", "2"], ["rounds", "20"], ["ratios", "1:5"]):
+    for setting in (["seeds", "1", "2"], ["rounds", "30"], ["ratios", "1:5"]):
         assert setting in settings
     assert settings[-1] == ["device", "cpu,", "torch", torch.__version__]
     first, *lines = describe(Config(**SCANS, scenario="complete"), device).splitlines()

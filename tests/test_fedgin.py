@@ -37,7 +37,7 @@ from study.inference import load_model, segment
 from unet3d import UNet3D
 
 TINY = ["--rounds", "2", "--local-steps", "2", "--batch-size", "2"]
-TINY += ["--patch", "32", "--width", "2", "--depth", "2"]
+TINY += ["--patch", "32", "--width", "2", "--depth", "2", "--val-every", "1"]
 CPU = torch.device("cpu")
 FL = Training(1, "fl", "1:5")
 FEDGIN = Training(1, "fedgin", "1:5", 1.0)
@@ -377,7 +377,7 @@ def test_a_finished_run_is_extended_and_trains_nothing_twice(
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (["--lr", 0.5], "lr 0.004, now 0.5"),
+        (["--lr", 0.5], "lr 0.006, now 0.5"),
         (["--width", 3, "--mri-cases", 1], "mri_cases 2, now 1; width 2, now 3."),
         (["--organs", "liver"], "liver kidneys spleen pancreas gallbladder, now liver"),
         (["--scenario", "complete"], "scenario limited, now complete"),

@@ -437,8 +437,8 @@ def test_other_settings_and_other_data_are_refused_by_name(config, run):
     before = {path: path.read_bytes() for path in run.out.rglob("*.json")}
     end = ". Give the same, or another --out"
     for changes, differs in (
-        ({"lr": 1e-3, "width": 4, "cache": "x"}, "width 8, now 4; lr 0.004, now 0.001"),
-        ({"rounds": 30}, "rounds 20, now 30"),
+        ({"lr": 1e-3, "width": 4, "cache": "x"}, "width 8, now 4; lr 0.006, now 0.001"),
+        ({"rounds": 20}, "rounds 30, now 20"),
         ({"organs": ("liver",), "sites": 2}, "sites 1, now 2; organs liver spleen, now liver"),
     ):
         told = refused(dataclasses.replace(config, **changes))
@@ -606,7 +606,8 @@ def test_a_model_of_version_2_still_predicts(tmp_path, ct_folder):
 
 
 TINY = ["--rounds", "2", "--local-steps", "1", "--batch-size", "1", "--patch", "16"]
-TINY += ["--width", "2", "--depth", "2", "--organs", "liver", "--arms", "mri-only"]
+TINY += ["--width", "2", "--depth", "2", "--val-every", "1"]
+TINY += ["--organs", "liver", "--arms", "mri-only"]
 
 
 def command(*args):

@@ -12,7 +12,7 @@ from scans import files
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--rounds", "4", "--local-steps", "2", "--batch-size", "2", "--patch", "32"]
-TINY += ["--width", "2", "--depth", "2"]
+TINY += ["--width", "2", "--depth", "2", "--val-every", "1"]
 SEVERAL = {"--arms": ["fl", "fedgin"], "--gin-probability": ["1"]}
 
 
