@@ -241,7 +241,7 @@ def test_a_run_goes_on_where_it_stopped_and_is_never_begun_anew(tmp_path, quick,
     assert re.fullmatch(line, lines[2])
     kept = r"the weights of round [123], validation Dice 0\.\d\d are kept"
     assert re.fullmatch(rf"training 1 of 2 \(fl 1:5, seed 1\): {kept}", lines[3])
-    figures = r"loss 0.00, MRI 0\.\d\d; 00:\d\d left"
+    figures = r"loss 0.01, MRI 0\.\d\d; 00:\d\d left"
     line = rf"training 2 of 2 \(mri-only, seed 1\), round 1 of 3: {figures}"
     assert re.fullmatch(line, lines[4])
 
