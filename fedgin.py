@@ -1,7 +1,8 @@
 """FedGIN: train one 3D organ segmentation model at hospitals whose CT or MRI scans stay there.
 
 The experiment of arXiv 2508.05137: federated averaging (federated.py) of a U-Net (unet3d.py) on
-images whose look GIN (gin.py) redraws at random, beside the arms that it is compared with.
+images whose intensities GIN (gin.py) changes at random, and the arms that it is compared with.
+A round is federated_rounds in federated.py, called by train_arm; GIN enters in make_client.batches.
 
     python fedgin.py --scenario limited                      # phantoms, minutes on a CPU
     python fedgin.py --scenario complete --ct DIR --mri DIR  # scans, best on a GPU
@@ -166,10 +167,9 @@ def train_arm(
     device: torch.device = CPU,
     checkpoint: Checkpoint | None = None,
 ) -> Iterator[Checkpoint]:
-    """Train an arm by FedAvg, yielding what it has reached after each round.
+    """Train an arm by FedAvg, yielding a checkpoint after each round.
 
-    From the checkpoint of an earlier round it goes on as if it had never stopped. Raises
-    FloatingPointError for a loss that explodes.
+    Continues from `checkpoint` as if never stopped. Raises FloatingPointError if a loss explodes.
     """
     checkpoint = checkpoint or Checkpoint()
     model = make_model(config, training.seed, device, checkpoint.weights)

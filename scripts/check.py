@@ -1,8 +1,8 @@
-"""Every problem of some folders of scans in one pass, and what they hold.
+"""Report every problem in folders of scans, and what they hold.
 
     python -m scripts.check DIR [DIR …]
 
-Exit code 1 if a case cannot be used.
+Exit code 1 if a case cannot be used, or if a folder holds no case or labels none of the organs.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def summarize(reports: Sequence[dict], organs: Sequence[str]) -> list[str]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Read all folders; 1 if a case cannot be used."""
+    """Read all folders; 1 if a case or a folder cannot be used."""
     by_folder = [check_folder(folder, args) for folder in args.folders]
     reports = [report for reports in by_folder for report in reports]
     images = [(report["image"], report["crc"], True) for report in reports if report["usable"]]
@@ -93,14 +93,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; exit code 0, or 1 if a case cannot be used."""
+    """Run the command; exit code 0, or 1 if a case or a folder cannot be used."""
     use_any_characters()
     parser = new_parser(__doc__, "python -m scripts.check DIR [DIR …] [options]")
-    add, default = parser.add_argument, f"default: {' '.join(ORGANS)}"
+    add, text = parser.add_argument, f"organs to check (default: {' '.join(ORGANS)})"
     add("folders", nargs="+", metavar="DIR", help="a hospital's folder")
-    add("--organs", nargs="+", action="extend", metavar="ORGAN", help=f"to look at ({default})")
-    add("--layout", choices=LAYOUTS, help="where a folder looks like two")
-    add("--modality", choices=MODALITIES, help="where names do not tell it")
+    add("--organs", nargs="+", action="extend", metavar="ORGAN", help=text)
+    add("--layout", choices=LAYOUTS, help="layout of the folders, if one looks like two")
+    add("--modality", choices=MODALITIES, help="modality of scans whose names do not show it")
     args = parser.parse_args(argv)
     return run_command("check", lambda: run(args))
 

@@ -2,7 +2,7 @@
 
     python -m scripts.download totalsegmentator-ct totalsegmentator-mri --cases 40 --out data
 
-Others are totalsegmentator-ct-small and amos22. The same command goes on where it stopped.
+The same command continues where it was stopped.
 """
 
 import argparse
@@ -207,12 +207,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; exit code 0, 1 if something could not be had, 2 for bad input."""
     use_any_characters()
     parser = new_parser(__doc__, "python -m scripts.download DATA_SET [DATA_SET …] [options]")
-    parser.add_argument("names", nargs="+", choices=DATA_SETS, metavar="DATA_SET")
-    parser.add_argument("--cases", type=int, default=40, help="of each modality (default: 40)")
-    parser.add_argument("--all", action="store_true", help="all cases that have labels")
-    parser.add_argument("--out", type=Path, default="data", metavar="DIR", help="(default: data)")
-    parser.add_argument("--mirror", metavar="URL", help="another folder that holds the zip files")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be fetched, and end")
+    add, text = parser.add_argument, "number of cases per modality (default: 40)"
+    add("names", nargs="+", choices=DATA_SETS, metavar="DATA_SET", help="out of %(choices)s")
+    add("--cases", type=int, default=40, metavar="N", help=text)
+    add("--all", action="store_true", help="all cases that have labels")
+    text = "folder for the data sets, each in a folder of its name (default: data)"
+    add("--out", type=Path, default="data", metavar="DIR", help=text)
+    add("--mirror", metavar="URL", help="fetch the zip files from this folder instead of Zenodo")
+    add("--dry-run", action="store_true", help="only say what would be fetched")
     args = parser.parse_args(argv)
     if args.cases < 1:
         parser.error(f"--cases {args.cases}: must be 1 or more")

@@ -4,8 +4,8 @@
         --master-port 29500 -m scripts.multisite --arm fedgin --mri DIR
     torchrun … --node-rank 1 … -m scripts.multisite --arm fedgin --ct DIR  # at the other hospital
 
-Each names only its own folder; docs/several-machines.md says what leaves it. The parts of a round
-and of the test are fedgin.py's; the rounds here average over ranks (peers.py).
+Each hospital names only its own folder; docs/several-machines.md says what leaves the hospital. The
+parts of a round and of the test are fedgin.py's; the rounds here average over ranks (peers.py).
 """
 
 import contextlib
@@ -203,19 +203,22 @@ def refuse(message: str) -> NoReturn:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; see console.run_command for its exit codes."""
     console.use_any_characters()
-    parser = make_parser(__doc__, leave_out=SEVERAL)
+    text = "folder of this hospital's {} scans; a rank takes one folder in all, --ct or --mri"
+    own = {modality: text.format(modality.upper()) for modality in MODALITIES}
+    own["out"] = "folder for the results (default: runs/ARM-NAME)"
+    parser = make_parser(__doc__, leave_out=SEVERAL, texts=own)
     parser.usage = USAGE
     if distributed.is_torchelastic_launched():
         parser.error = refuse  # type: ignore[method-assign]
     add = parser.add_argument_group("federation").add_argument
-    add("--arm", default="fedgin", choices=("fl", "fedgin"), help="without or with GIN")
-    reason = "0.25, which gains on MRI and costs little on CT; the paper's is 1"
-    share = f"share of the images that GIN transforms (default: {reason})"
-    add("--gin-probability", type=float, default=0.25, metavar="X", help=share)
+    add("--arm", default="fedgin", choices=("fl", "fedgin"), help="fl: no GIN (default: fedgin)")
+    reason = "0.25, which gains on MRI and costs little on CT; the paper uses 1"
+    text = f"probability p that GIN is applied to a training image (default: {reason})"
+    add("--gin-probability", type=float, default=0.25, metavar="X", help=text)
     add("--seed", type=int, default=42, metavar="N", help="seed of all draws (default: 42)")
     add("--name", help="this hospital's name (default: its folder's)")
-    limit = "seconds to wait for another rank (default: 1800)"
-    add("--timeout", type=int, default=1800, metavar="S", help=limit)
+    text = "seconds to wait for another rank (default: 1800)"
+    add("--timeout", type=int, default=1800, metavar="S", help=text)
     args = parser.parse_args(argv)
     folders = [*(args.mri or ()), *(args.ct or ())]
     if len(folders) != 1:

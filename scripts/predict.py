@@ -3,8 +3,8 @@
     python -m scripts.predict --checkpoint runs/complete/fedgin-p0.25-seed42/model.pt \\
         --images PATHS --out DIR
 
-Scans that have labels are scored, on the screen and in scores.csv. A label map that is there is
-kept, so the same command goes on where it was stopped.
+Scans that have labels are scored, on the screen and in scores.csv. Label maps that exist are kept,
+so the same command continues where it was stopped.
 """
 
 import argparse
@@ -140,10 +140,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     text = "NIfTI files, or folders of scans"
     add("--images", required=True, nargs="+", action="extend", metavar="PATH", help=text)
     add("--out", required=True, type=Path, metavar="DIR", help="folder for the label maps")
-    text = "needed where names do not tell it; of a folder, only such scans are segmented"
+    text = "needed if file names do not show it; of a folder, only such scans are segmented"
     add("--modality", choices=NORMALIZATION, help=text)
     add("--layout", choices=LAYOUTS, help="layout of the folders, if one looks like two")
-    text = "mm within which a surface counts as right (default: 2)"
+    text = "mm within which a surface counts as correct (default: 2)"
     add("--nsd-tolerance", type=float, default=2.0, metavar="X", help=text)
     args = parser.parse_args(argv)
     if not (math.isfinite(args.nsd_tolerance) and args.nsd_tolerance > 0):

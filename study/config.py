@@ -86,16 +86,16 @@ class Config:
 
     scenario: str = flag("limited", "limited: few MRI training cases; complete: all of them")
     arms: tuple[str, ...] = flag(
-        (), "ways to train, of %(choices)s (default: those of the scenario)", metavar="ARM"
+        (), "arms to train, out of %(choices)s (default: those of the scenario)", metavar="ARM"
     )
     ratios: tuple[str, ...] = flag(None, "MRI : CT training cases, if limited (default: 1:5)")
     mri_cases: int = flag(None, "number of MRI training cases, if limited (default: 2)")
     seeds: tuple[int, ...] = flag((42,), "run with each; tables show mean ± deviation", metavar="N")
     ct: tuple[str, ...] = flag((), "folders of CT scans; each is a hospital", metavar="DIR")
     mri: tuple[str, ...] = flag((), "folders of MRI scans; each is a hospital", metavar="DIR")
-    test: tuple[str, ...] = flag((), "folders that are only tested on", metavar="DIR")
+    test: tuple[str, ...] = flag((), "folders that are used for testing only", metavar="DIR")
     sites: int = flag(1, "number of hospitals into which each --ct or --mri folder is split")
-    organs: tuple[str, ...] = flag(ORGANS, "labels to segment, in any spelling", metavar="ORGAN")
+    organs: tuple[str, ...] = flag(ORGANS, "organs to segment, in any spelling", metavar="ORGAN")
     partial_labels: bool = flag(False, "let each hospital train on the organs that it labels")
     layout: str = flag("", "layout of the folders, if one looks like two", choices=LAYOUTS)
     skip_bad: bool = flag(False, "leave out, and list, the cases that cannot be used")
@@ -119,10 +119,10 @@ class Config:
     gin_probability: tuple[float, ...] = flag(
         (1.0, 0.25),
         "probability p that GIN is applied to a training image, in arms with GIN, which are "
-        "trained once for each p: the paper has 1; CT loses less with 0.25",
+        "trained once for each p: the paper uses 1; CT loses less with 0.25",
     )
     val_every: int = flag(3, "rounds from one validation to the next", scans=5)
-    nsd_tolerance: float = flag(SPACING, "mm within which a surface counts as right", scans=2.0)
+    nsd_tolerance: float = flag(SPACING, "mm within which a surface counts as correct", scans=2.0)
     out: str = flag("", "folder for the results (default: runs/SCENARIO)", metavar="DIR")
     cache: str = flag("", "folder for preprocessed scans (default: beside --out)", metavar="DIR")
 
@@ -211,10 +211,11 @@ def make_parser(
     description: str | None,
     choices: Mapping[str, Collection] | None = None,
     leave_out: Collection[str] = (),
+    texts: Mapping[str, str] = {},
 ) -> argparse.ArgumentParser:
     """A parser with a flag for each field of Config; `choices` adds those that the caller knows.
 
-    Config has the defaults. A flag of several values that is given twice adds up.
+    Config has the defaults, and help unless `texts` has it. A flag of several values adds up.
     """
     parser = new_parser(description, "%(prog)s [options]")
     group: Any = parser
@@ -231,7 +232,8 @@ def make_parser(
             if kind is not field.type:
                 options |= {"nargs": "+", "action": "extend"}
         options |= field.metadata["more"]
-        group.add_argument(flag_name(field), help=field.metadata["help"], **options)
+        text = texts.get(field.name, field.metadata["help"])
+        group.add_argument(flag_name(field), help=text, **options)
     return parser
 
 

@@ -199,15 +199,16 @@ def test_help_has_every_flag_with_its_defaults_and_does_nothing_else(tmp_path, m
         "mean ± deviation (default: 42)",
         "--ct-window LOW HIGH range in HU to which CT is clipped (default: -160.0 240.0)",
         f"of {', '.join(fedgin.ARMS)} (default: those of the scenario)",
-        "CT loses less with 0.25 (default: 1.0 0.25)",
+        "the paper uses 1; CT loses less with 0.25 (default: 1.0 0.25)",
         "python fedgin.py --scenario limited",
     ):
         assert default in text
     assert "None" not in text
 
 
-def test_a_parser_may_leave_flags_out(capsys):
-    parser = make_parser("about", leave_out=("seeds", "arms"))
+def test_a_parser_may_leave_flags_out_and_have_help_texts_of_its_own(capsys):
+    parser = make_parser("about", leave_out=("seeds", "arms"), texts={"out": "only (NAME)"})
+    assert " only (NAME)\n" in parser.format_help()
     args = parser.parse_args(["--rounds", "3"])
     assert not {"seeds", "arms"} & vars(args).keys()
     config = to_config(parser, args, seeds=(5,), arms=("fl",))
