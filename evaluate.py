@@ -58,7 +58,7 @@ def sliding_window(
         filled = group + group[-1:] * (batch_size - len(group))
         outputs = model(torch.stack([padded[w] for w in filled])).float().to(volume.device)
         if outputs.ndim != len(patch) + 2 or tuple(outputs.shape[2:]) != patch:
-            raise ValueError(f"the model made {tuple(outputs.shape)} of patches of {patch}")
+            raise ValueError(f"the model turned patches of {patch} into {tuple(outputs.shape)}")
         if first == 0:
             total = outputs.new_zeros(outputs.shape[1], *padded.shape[1:])
         for window, output in zip(group, outputs, strict=False):

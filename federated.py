@@ -86,7 +86,7 @@ class RunningAverage:
         for key, w in w_k.items():
             expected = self.sums[key].shape
             if w.shape != expected:
-                raise ValueError(f"{key} has shape {tuple(w.shape)}, before it {tuple(expected)}")
+                raise ValueError(f"{key} has shape {tuple(w.shape)}, not {tuple(expected)}")
             if not torch.isfinite(w).all():
                 raise FloatingPointError(f"{key} has weights that are NaN or infinite")
 

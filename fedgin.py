@@ -75,7 +75,7 @@ def plan(config: Config) -> list[Training]:
     for names, table in checks:
         unknown = [name for name in names if name not in table]
         if unknown:
-            raise DataError(f"{unknown[0]!r} is none of {', '.join(table)}")
+            raise DataError(f"{unknown[0]!r} is not one of {', '.join(table)}")
     trainings = []
     for seed in config.seeds:
         for name in config.arms or SCENARIOS[config.scenario]:
@@ -323,7 +323,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.use_any_characters()
     parser = make_parser(__doc__, {"scenario": SCENARIOS, "arms": ARMS, "ratios": RATIOS})
     config = to_config(parser, parser.parse_args(argv))
-    return console.run_command("fedgin.py", lambda: run(config), hint="; the same command goes on")
+    return console.run_command("fedgin.py", lambda: run(config), "; repeat the command to continue")
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ def lock(path: Path, wait: bool = False) -> Iterator[bool]:
 
 @functools.cache  # once a folder
 def _warn_of_no_locks(folder: Path) -> None:
-    print(f"{folder}: no locks here, so no other process may share this folder", file=sys.stderr)
+    print(f"{folder}: locks do not work here; let no other process use it", file=sys.stderr)
 
 
 def sha256(content: bytes) -> str:

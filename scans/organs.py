@@ -75,7 +75,7 @@ def check_organs(
         if some.issuperset(organs):
             advice.append("--partial-labels, and each hospital trains on the organs that it has")
         raise DataError(
-            f"not {'one folder' if partial else 'every folder'} labels {', '.join(lacking)} "
+            f"{'no folder' if partial else 'not every folder'} labels {', '.join(lacking)} "
             f"({held}); use {' or '.join(advice) or 'folders that share an organ'}"
         )
 

@@ -47,7 +47,7 @@ def _find_impossible(
     if distinct == 1 or (modality == "mri" and ends[0] == ends[1]):
         return f"almost every voxel is {ends[0]:g}, so normalization makes all of them 0"
     if distinct < min(FEWEST_VALUES, len(values)):
-        return f"has {distinct} different values only, as a label map"
+        return f"has only {distinct} different values, like a label map"
     if modality == "mri":
         hint = "with air near −1000 and fat near −100; give the scan as CT"
         return f"{span} are Hounsfield units, {hint}" if is_ct(values) else ""

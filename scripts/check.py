@@ -27,7 +27,7 @@ def inspect(case: Case, organs: Sequence[str]) -> dict:
     labelled = [organ for organ in organs if organ in case.masks]
     scan, labels, errors, warnings = read_case(case, labelled)
     if labelled and not (errors or labels.any()):
-        warnings.append(f"has none of {', '.join(labelled)}; it is all background")
+        warnings.append(f"its labels hold none of {', '.join(labelled)}")
     lines = [f"{error}; the case cannot be used" for error in errors]
     counts = np.bincount(labels.ravel(), minlength=len(labelled) + 1)[1:].tolist()
     return {

@@ -148,7 +148,7 @@ def download(url: str, root: Path, number: int) -> bool:
     try:
         archive = zipfile.ZipFile(io.BufferedReader(remote, BLOCK))
     except (*DAMAGED, OSError) as error:  # OSError: seeks before the beginning
-        raise zipfile.BadZipFile(f"is no zip file, or a damaged one ({error})") from error
+        raise zipfile.BadZipFile(f"is not a zip file, or is damaged ({error})") from error
     metadata, cases = find_cases(archive, amos)
     if not cases:
         raise zipfile.BadZipFile("the zip holds no complete case")
@@ -156,13 +156,13 @@ def download(url: str, root: Path, number: int) -> bool:
     chosen = [id_ for id_ in cases if id_ not in mri][:number] + mri[:number]
     with lock(root / "lock") as held:
         if not held:
-            raise DataError(f"{root}: another process works there; wait, or choose another --out")
+            raise DataError(f"{root}: another process is at work; wait, or choose another --out")
         parts = [metadata, *(cases[id_] for id_ in chosen)]
         there = {root / n: i for part in parts for n, i in part.items() if (root / n).exists()}
         for path, info in there.items():
             large = path.stat().st_size == info.file_size > CHUNK
             if not large and zlib.crc32(path.read_bytes()) != info.CRC:
-                raise DataError(f"{path}: not as in the zip; delete it, or choose another --out")
+                raise DataError(f"{path}: differs from the zip; delete it, or choose another --out")
         for part in tqdm(parts, desc=root.name, unit="case", disable=None):
             lacking = {name: info for name, info in part.items() if root / name not in there}
             try:
@@ -218,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.cases < 1:
         parser.error(f"--cases {args.cases}: must be 1 or more")
-    return run_command("download", lambda: run(args), "; the same command goes on")
+    return run_command("download", lambda: run(args), "; repeat the command to continue")
 
 
 if __name__ == "__main__":

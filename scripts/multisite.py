@@ -225,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("name this hospital's folder, and no other, with --mri or --ct")
     name = os.path.basename(os.path.abspath(folders[0])) if args.name is None else args.name
     if not re.fullmatch(r"[^./\\\0-\x1f][^/\\\0-\x1f]{0,99}", name):  # the default --out has it
-        parser.error(f"{name!r} is no name for a hospital's files; give another --name")
+        parser.error(f"{name!r} cannot be used in file names; give another --name")
     if args.timeout < 1:
         parser.error(f"--timeout must be a positive number of seconds, not {args.timeout}")
     if not distributed.is_torchelastic_launched():
@@ -233,7 +233,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.arms, args.seeds, args.gin_probability = [args.arm], [args.seed], [args.gin_probability]
     out = args.out or f"runs/{args.arm}-{name}"
     config = to_config(parser, args, scenario="complete", out=out)
-    title, hint = f"multisite (rank {os.environ['RANK']}, {name})", "; the same commands go on"
+    title = f"multisite (rank {os.environ['RANK']}, {name})"
+    hint = "; repeat the commands to continue"
     return console.run_command(title, lambda: run(config, name, args.timeout), hint)
 
 

@@ -71,7 +71,7 @@ def case_of_file(file: Path, modality: str | None) -> Case:
     if kind is None:
         raise DataError(f"{file}: CT or MRI? Say so with --modality")
     if modality not in (None, kind):
-        raise DataError(f"{file}: is {kind.upper()} by its name, and {modality} by --modality")
+        raise DataError(f"{file}: is {kind.upper()} by its name, but {modality} by --modality")
     id_ = file.absolute().parent.name if name in MODALITIES else name
     return Case(str(file.parent), id_, kind, "", file, {})
 
@@ -110,7 +110,7 @@ def predict(
     path, organs = args.out / f"{name}.nii.gz", metadata["organs"]
     source, made = [case.modality, *size_and_crc(case.image)], path.exists()
     if made and record["scans"].get(name) != source:
-        what = "is there, and was not made from this scan by this command"
+        what = "exists, but was not made from this scan by this command"
         raise DataError(f"{path}: {what}; move it away, or choose another --out")
     if made and not case.masks:
         return []
@@ -184,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; exit code 0, 1 if a scan could not be segmented, 2 for bad input."""
     use_any_characters()
     args = parse(argv)
-    return run_command("predict", lambda: run(args), "; the same command goes on")
+    return run_command("predict", lambda: run(args), "; repeat the command to continue")
 
 
 if __name__ == "__main__":

@@ -172,7 +172,7 @@ def run_command(name: str, work: Callable[[], int | None], hint: str = "") -> in
     """Do a command's work and return its exit code; one line says what ended it, if something did.
 
     2 for bad input, 1 for a run that failed, 130 for one that was stopped. Any other exception is a
-    bug, which keeps its traceback. hint: how to go on.
+    bug, which keeps its traceback. hint: how to continue.
     """
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):  # a shell's & has SIGINT ignored

@@ -121,7 +121,7 @@ def find_sources(config: Config) -> list[Source]:
     scans = Counter(os.path.realpath(case.image) for source in sources for case in source.cases)
     for scan, n in scans.items():
         if n > 1:
-            raise DataError(f"{scan}: is there twice, in two folders given or under two names")
+            raise DataError(f"{scan}: is there twice, in two of the folders or under two names")
     return sources
 
 
@@ -255,7 +255,7 @@ def warn_of_few(hospitals: Sequence[Hospital], modalities: Iterable[str]) -> lis
     for modality in modalities:
         if sum(len(h.val) for h in hospitals if h.modality == modality) < FEW:
             few = f"fewer than three validation cases of {modality.upper()}"
-            warnings.append(f"{few}: the choice of a round by them is chance")
+            warnings.append(f"{few}: the best round is then chosen by chance")
     if not any(hospital.test for hospital in hospitals):
         warnings.append("no hospital here has a test case; give --test, or three cases or more")
     return warnings

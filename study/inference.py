@@ -41,7 +41,7 @@ def mixed_precision(device: torch.device) -> torch.dtype | None:
     if device.type != "cuda" or not torch.cuda.is_bf16_supported(including_emulation=False):
         return None
     if problem := bfloat16_problem():
-        print(f"{problem}: computing in float32, slower", file=sys.stderr)
+        print(f"{problem}: computing in float32, which is slower", file=sys.stderr)
         return None
     return torch.bfloat16
 
@@ -55,7 +55,7 @@ def bfloat16_problem() -> str:
     cudnn, cuda = torch.backends.cudnn.version() or 0, torch.version.cuda or "12"
     if not 90800 <= cudnn < 91500:
         return ""
-    newer = f"pip install 'nvidia-cudnn-cu{cuda.split('.')[0]}>=9.16' mends them"
+    newer = f"pip install 'nvidia-cudnn-cu{cuda.split('.')[0]}>=9.16' fixes them"
     return f"bfloat16 convolutions are wrong or slow with cuDNN 9.{cudnn // 100 % 100}; {newer}"
 
 

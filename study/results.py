@@ -164,7 +164,7 @@ class RunFolder:
                 raise DataError(f"{path}: {what}, or choose another --out")
             files.check_same(path, kept, self.settings)
         elif foreign:
-            what = "is there, and no config.json of a run beside it; choose another --out"
+            what = "exists, but there is no config.json beside it; choose another --out"
             raise DataError(f"{foreign[0]}: {what}")
 
     def open(self, by_seed: Mapping[int, Iterable[Hospital]]) -> None:

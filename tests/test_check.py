@@ -71,7 +71,7 @@ def test_it_mentions_what_does_no_harm(tmp_path, said):
     shown = said()
     for message in (
         "its label map: has labels that the data set does not list: 77; they count as background",
-        "imagesTr/case_001_0000.nii.gz: has none of liver; it is all background",
+        "imagesTr/case_001_0000.nii.gz: its labels hold none of liver",
         "case_002_0000.nii.gz: its sform and qform put it at different places; the sform is used",
         "dataset.json: labels liver tumor apart from the organs",
         "MRI: 3 of 3 cases usable",
@@ -144,7 +144,7 @@ def test_it_looks_at_the_organs_that_are_asked_for(tmp_path, said):
     amos = write_amos(write_amos(tmp_path / "amos", "ct", 1), "mri", 1)
     assert run(amos, "--organs", "bladder") == 0
     has_none, ct, mri = (line for line in said().splitlines() if "bladder" in line)
-    assert has_none.endswith("amos_0001.nii.gz: has none of bladder; it is all background")
+    assert has_none.endswith("amos_0001.nii.gz: its labels hold none of bladder")
     assert [" ".join(line.split()[1:]) for line in (ct, mri)] == ["0 of 1 cases", "not labelled"]
 
 

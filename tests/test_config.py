@@ -132,9 +132,9 @@ def test_bad_flags_take_one_line_and_exit_code_2(args, message, tmp_path, capsys
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"ratios": ("1:3",)}, "'1:3' is none of 1:1, 1:2, 1:5, all"),
-        ({"arms": ("fedgan",)}, "'fedgan' is none of mri-only, ct-only, fl, fedgin"),
-        ({"scenario": "limitless"}, "'limitless' is none of limited, complete"),
+        ({"ratios": ("1:3",)}, "'1:3' is not one of 1:1, 1:2, 1:5, all"),
+        ({"arms": ("fedgan",)}, "'fedgan' is not one of mri-only, ct-only, fl, fedgin"),
+        ({"scenario": "limitless"}, "'limitless' is not one of limited, complete"),
     ],
 )
 def test_names_of_the_experiment_are_refused_where_it_is_planned(settings, message):

@@ -300,7 +300,7 @@ def test_a_file_that_is_not_the_zips_is_refused(run, server, tmp_path, capsys, n
     file.write_bytes(spoil(content))
     before = tree(tmp_path)
     assert run(name) == 2
-    advice = "not as in the zip; delete it, or choose another --out"
+    advice = "differs from the zip; delete it, or choose another --out"
     assert capsys.readouterr().err.splitlines()[-1] == f"download: {file}: {advice}"
     assert tree(tmp_path) == before
     file.unlink()
@@ -322,7 +322,7 @@ def test_a_second_download_into_the_folder_is_refused(run, root, capsys):
     with lock(root / "lock") as held:
         assert held
         assert run() == 2
-    advice = "another process works there; wait, or choose another --out"
+    advice = "another process is at work; wait, or choose another --out"
     assert capsys.readouterr().err == f"download: {root}: {advice}\n"
     assert tree(root) == {}
     assert run() == 0
@@ -347,8 +347,8 @@ def test_stopped_in_the_middle_of_a_case(run, server, root, capfd, number):
     code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
     ended.set()
     assert code == (-number if number == signal.SIGKILL else 130)
-    said = "" if number == signal.SIGKILL else "\ndownload: stopped; the same command goes on\n"
-    assert capfd.readouterr().err == said
+    stopped = "\ndownload: stopped; repeat the command to continue\n"
+    assert capfd.readouterr().err == ("" if number == signal.SIGKILL else stopped)
     arrived = list(root.glob(".download/s000?/segmentations/*.nii.gz"))
     assert bool(arrived) == (root / ".download").exists() == (number == signal.SIGKILL)
     assert [name for name in tree(root) if not name.startswith(".download/")] == ["meta.csv"]
@@ -418,9 +418,9 @@ def test_what_a_server_may_do(run, server, waits, root, monkeypatch, faults, exp
             (b"a", 0, {"headers": {"Content-Range": span}}, [1], "the server does not send parts")
             for span in (None, "bytes 5-9999999/1000000", "bytes 0--1/100000", "bytes 0-0/*")
         ),
-        (b"<html>Sign in</html>", 0, {}, [], "is no zip file"),
+        (b"<html>Sign in</html>", 0, {}, [], "is not a zip file"),
         (b"", 0, {}, [], "HTTP Error 416"),
-        (zipped({"a": b"b" * 99})[:-9], 0, {}, [], "is no zip file"),
+        (zipped({"a": b"b" * 99})[:-9], 0, {}, [], "is not a zip file"),
         (zipped(case("s0000"), "1"), 0, {}, [], "the zip holds no complete case"),
     ],
 )
@@ -431,7 +431,7 @@ def test_tries_end(run, server, waits, root, capsys, content, n_good, fault, exp
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith(f"download: the run failed: {server.zip_url}: {message}")
     by_hand = f"by hand: download it, and unpack it so that {root / 'meta.csv'} is there"
-    assert last.endswith(f"; {by_hand}; the same command goes on")
+    assert last.endswith(f"; {by_hand}; repeat the command to continue")
     assert (waits, tree(root)) == (expected, {})
 
 
@@ -537,7 +537,7 @@ def test_a_spoilt_directory_is_no_traceback(tmp_path, monkeypatch):
     monkeypatch.setattr(download.RemoteFile, "_request", request)
     for place, bits in itertools.product(places, (1, 128, 255)):
         content = good[:place] + bytes([good[place] ^ bits]) + good[place + 1 :]
-        with pytest.raises(zipfile.BadZipFile, match="is no zip file|holds no complete case"):
+        with pytest.raises(zipfile.BadZipFile, match="is not a zip file|holds no complete case"):
             download.download("", tmp_path / "x", 1)
     assert tree(tmp_path) == {}
 
@@ -562,7 +562,7 @@ def test_a_full_disk(run, tmp_path, monkeypatch, capsys):
     full = OSError(28, "No space left on device")
     monkeypatch.setattr(download, "write", mock.Mock(side_effect=full))
     assert run() == 1
-    assert "No space left on device; the same command goes on" in capsys.readouterr().err
+    assert "No space left on device; repeat the command to continue" in capsys.readouterr().err
     assert tree(tmp_path) == {}
 
 

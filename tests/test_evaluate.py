@@ -137,7 +137,7 @@ def test_sliding_window_refuses_what_cannot_work(patch, overlap):
 
 @pytest.mark.parametrize("part", [(..., slice(1)), (..., 0), (slice(None), slice(None), slice(1))])
 def test_a_model_that_changes_the_size_is_refused(part):
-    with pytest.raises(ValueError, match="the model made .* of patches of"):
+    with pytest.raises(ValueError, match="the model turned patches of .* into"):
         sliding_window(lambda x: x[part], torch.randn(1, 8, 8, 8), 4)
 
 

@@ -84,7 +84,7 @@ def test_keeps_no_state_and_leaves_it_untouched():
     [
         *((torch.ones(2), n, ValueError, f"^n_k must be .* not {n}$") for n in (0, -1, NAN, INF)),
         (None, 1, ValueError, "^weights have other keys than those before: a, b, c, w$"),
-        (torch.ones(3), 1, ValueError, r"^w has shape \(3,\), before it \(2,\)$"),
+        (torch.ones(3), 1, ValueError, r"^w has shape \(3,\), not \(2,\)$"),
         (torch.tensor([1.0, NAN]), 1, FloatingPointError, "^w has weights that are NaN"),
         (torch.tensor([1.0, -INF]), 1, FloatingPointError, "^w has .* NaN or infinite$"),
     ],

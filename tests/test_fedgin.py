@@ -486,7 +486,7 @@ def test_other_choices_are_refused(flag, capsys):
 def test_a_plan_refuses_names_that_are_in_no_table(settings, table):
     with pytest.raises(DataError) as error:
         plan(Config(**settings))
-    assert str(error.value) == f"'another' is none of {', '.join(table)}"
+    assert str(error.value) == f"'another' is not one of {', '.join(table)}"
 
 
 def test_scenarios():

@@ -180,7 +180,7 @@ def test_hospitals_have_names_of_their_own(tmp_path):
 
 
 def test_one_scan_has_one_role(tmp_path, ct_folder):
-    message = "s0000/ct.nii.gz: is there twice, in two folders given or under two names"
+    message = "s0000/ct.nii.gz: is there twice, in two of the folders or under two names"
     (tmp_path / "link").symlink_to(ct_folder)
     for more in ({"test": [ct_folder]}, {"ct": [ct_folder, tmp_path / "link"]}):
         with pytest.raises(DataError, match=message):
@@ -241,7 +241,7 @@ def test_organs_that_a_folder_lacks_need_partial_labels(tmp_path, mri_folder):
     (mri,), _ = on_scans(tmp_path, mri=[few], organs=("spleen", "liver"))
     assert mri.train[0].labelled.all()
     partial = configure(tmp_path, mri=[few], partial_labels=True)
-    with pytest.raises(DataError, match="not one folder labels .*use --organs liver spleen"):
+    with pytest.raises(DataError, match="no folder labels .*use --organs liver spleen"):
         load_hospitals(partial)
     assert load_hospitals(partial, all_sites_local=False)[0][42][0].name == "few"
     with pytest.raises(DataError, match="not every folder labels"):
@@ -365,7 +365,7 @@ def test_too_few_cases_to_choose_a_round_or_to_report_are_told_once(seeds, tmp_p
     ct = write_totalsegmentator(tmp_path / "ct", "ct", 5, ["train"] + ["val"] * 3 + ["test"])
     both = configure(tmp_path, mri=[mri], ct=[ct], seeds=seeds)
     few = (
-        "WARNING: fewer than three validation cases of {}: the choice of a round by them is chance"
+        "WARNING: fewer than three validation cases of {}: the best round is then chosen by chance"
     )
     assert load_hospitals(both, ["mri", "ct"])[1] == [few.format("MRI")]
     assert load_hospitals(both, ["ct"])[1] == []

@@ -65,7 +65,7 @@ def test_cudnn_known_to_be_wrong_in_bfloat16_is_left_to_float32_and_it_is_said_o
     mixed_precision.cache_clear()
     assert found == ({None} if wrong else {torch.bfloat16})
     problem, said = bfloat16_problem(), capsys.readouterr().err
-    assert said == (f"{problem}: computing in float32, slower\n" if wrong else "")
+    assert said == (f"{problem}: computing in float32, which is slower\n" if wrong else "")
     assert bool(problem) == bool(wrong) == ("pip install 'nvidia-cudnn-cu" in problem)
     assert f"cuDNN {wrong};" in problem or not wrong
 

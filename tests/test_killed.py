@@ -152,7 +152,7 @@ def test_ctrl_c_and_sigterm_say_how_to_go_on(undisturbed, forks, tmp_path):
         os.kill(command.pid, number)
         code, shown = command.end()
         assert code == 130
-        assert shown.splitlines()[-1] == "fedgin.py: stopped; the same command goes on"
+        assert shown.splitlines()[-1] == "fedgin.py: stopped; repeat the command to continue"
         assert "Traceback" not in shown
         assert not (training / "scores.json").exists()
     code, _ = forks.start(*flags(chosen), "--out", out).end()

@@ -199,7 +199,7 @@ def test_a_killed_rank_ends_the_other_at_once_and_the_run_goes_on(name, start, o
     assert (other.end(), killed.end()) == (1, -signal.SIGKILL)
     assert time.monotonic() - began < 60  # of a timeout of 1800 s
     assert ": the run failed: another rank was stopped, is cut off or takes" in other.error
-    assert other.error.endswith("; the same commands go on\n")
+    assert other.error.endswith("; repeat the commands to continue\n")
     saved = torch.load(other.out / TRAINING.folder / "checkpoint.pt", weights_only=True)
     assert saved["round"] == 1
     assert_finish(start(), one_process("north", "west"))
@@ -267,7 +267,7 @@ EXPLODE = "multisite.train_locally = lambda *_, **__: 28.0"  # ten times ln 6 + 
         ("north", BAD_DEVICE, [], 1, "(north): GLOO_SOCKET_IFNAME=lo,nonsense9: "),
         ("west", BAD_DEVICE, [], 1, "(west): GLOO_SOCKET_IFNAME=lo,nonsense9: "),
         ("north", "", ["--rate", 1], 2, "(its flags): unrecognized arguments: --rate 1"),
-        ("west", "", ["--name", "../x"], 2, "(its flags): '../x' is no name for a hospital's"),
+        ("west", "", ["--name", "../x"], 2, "(its flags): '../x' cannot be used in file names"),
     ],
 )
 def test_all_ranks_end_with_the_reason_of_the_one_that_failed(
@@ -429,9 +429,9 @@ def test_a_run_does_not_go_on_with_other_hospitals(start):
         ("--mri a --arm centralized", "argument --arm: invalid choice: 'centralized'"),
         ("--mri a --timeout inf", "argument --timeout: invalid int value: 'inf'"),
         ("--mri a --timeout 0", "--timeout must be a positive number of seconds, not 0"),
-        ("--mri /", "'' is no name for a hospital's files; give another --name"),
+        ("--mri /", "'' cannot be used in file names; give another --name"),
         *(
-            (f"--mri a --name={name}", f"{name!r} is no name for a hospital's files")
+            (f"--mri a --name={name}", f"{name!r} cannot be used in file names")
             for name in (
                 "",
                 ".",
@@ -567,7 +567,7 @@ def test_organs_that_are_not_labelled_are_refused():
     partial = Config(mri=("north",), partial_labels=True)
     assert check_cases(partial, [MRI], [few]) == [{"north": 1, "west": 1}] * 2
     fewer = hospital("north", "mri", labelled=(False, True, True, True, False))
-    with pytest.raises(DataError, match="not one folder labels .*gallbladder"):
+    with pytest.raises(DataError, match="no folder labels .*gallbladder"):
         check_cases(partial, [fewer], [few])
 
 

@@ -20,7 +20,7 @@ FEW, FULL = ["Spleen", "LIVER"], [name for name in NNUNET_LABELS if name != "bac
         ({"few": FEW, "full": FULL}, ORGANS, True, ""),
         ({"few": FEW, "full": FULL}, ORGANS, False, "few: Spleen, LIVER; full: .*; use --organs "),
         ({"few": FEW, "full": FULL}, ORGANS, False, "--organs liver spleen or --partial-labels, "),
-        ({"few": FEW}, ORGANS, True, "not one folder labels kidneys .*use --organs liver spleen$"),
+        ({"few": FEW}, ORGANS, True, "no folder labels kidneys .*use --organs liver spleen$"),
         ({"few": ["liver"], "other": []}, ["liver"], False, "other: none.; use --partial-labels"),
         ({"a": ["liver"], "b": ["spleen"]}, ORGANS, False, "use folders that share an organ$"),
         ({"a": ["aorta"], "b": ["Liver"]}, ["lung"], False, r"labels lung \(a: aorta; b: Liver\)"),

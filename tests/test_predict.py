@@ -113,9 +113,9 @@ def test_a_folder_in_a_known_layout_comes_with_its_labels(tmp_path):
         (["empty"], "ct", "empty: no labelled case found; expected"),
         (["notes.txt"], "ct", "notes.txt: expected a NIfTI file, whose name ends in .nii"),
         (["a"], None, "a/x.nii.gz: CT or MRI\\? Say so with --modality"),
-        (["s1/ct.nii.gz"], "mri", "ct.nii.gz: is CT by its name, and mri by --modality"),
-        (["s2/mri.nii.gz"], "ct", "mri.nii.gz: is MRI by its name, and ct by --modality"),
-        (["a/x.nii.gz", "s1"], "mri", "s1/ct.nii.gz: is CT by its name, and mri by --modality"),
+        (["s1/ct.nii.gz"], "mri", "ct.nii.gz: is CT by its name, but mri by --modality"),
+        (["s2/mri.nii.gz"], "ct", "mri.nii.gz: is MRI by its name, but ct by --modality"),
+        (["a/x.nii.gz", "s1"], "mri", "s1/ct.nii.gz: is CT by its name, but mri by --modality"),
         (["total"], "mri", "total: holds CT scans only, no mri"),
         (["amos"], "ct", "amos: holds MRI scans only, no ct"),
         (["nnunet"], "mri", "nnunet: holds CT scans only, no mri"),
@@ -214,7 +214,7 @@ def test_stopped_at_any_file_it_goes_on_to_the_same(checkpoint, tmp_path, monkey
 
             monkeypatch.setattr(Path, "replace", stopping)
             assert run(checkpoint, tmp_path / "in", out) == 130
-            assert "stopped; the same command goes on" in capsys.readouterr().err
+            assert "stopped; repeat the command to continue" in capsys.readouterr().err
             monkeypatch.undo()
             if maps(out):
                 assert "case_000" in json.loads((out / "predictions.json").read_text())["scans"]
@@ -276,7 +276,7 @@ def test_no_label_map_is_written_over(checkpoint, tmp_path, capsys):
         before = path.read_bytes()
         assert run(checkpoint, images, out, *args) == 1
         shown = capsys.readouterr()
-        assert f"{path}: is there, and was not made from this scan by this command" in shown.err
+        assert f"{path}: exists, but was not made from this scan by this command" in shown.err
         assert "1 of 2 scans segmented" in shown.out
         return path.read_bytes() == before
 

@@ -424,7 +424,7 @@ def test_files_of_another_origin_are_not_overwritten(name, config):
     path = Path(config.out) / name
     path.parent.mkdir(parents=True)
     path.write_text("of somebody else")
-    message = "is there, and no config.json of a run beside it; choose another --out"
+    message = "exists, but there is no config.json beside it; choose another --out"
     assert refused(config) == f"{name}: {message}"
     assert path.read_text() == "of somebody else"
     path.rename(path.with_name("notes.txt"))
@@ -657,7 +657,7 @@ def test_a_start_reads_a_checkpoint_once(few, tmp_path, monkeypatch):
 def test_a_folder_that_cannot_be_written_ends_in_a_line(error, few, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(os, "fsync", Mock(side_effect=error))
     assert command("--out", tmp_path) == 1
-    what = f"{error.strerror}: '{tmp_path}/config.json'; the same command goes on"
+    what = f"{error.strerror}: '{tmp_path}/config.json'; repeat the command to continue"
     assert capsys.readouterr().err == f"fedgin.py: the run failed: [Errno {error.errno}] {what}\n"
 
 

@@ -183,7 +183,7 @@ def test_a_label_map_is_no_scan(modality, tmp_path):
     case = case_of(tmp_path / "scan.nii", modality)
     for values in (make_phantom(1, modality, 0)[1], np.arange(31)[make_phantom(1, "ct", 0)[1] * 6]):
         save(case.image, values.astype(np.float32))
-        expected = f"has {len(np.unique(values))} different values only, as a label map"
+        expected = f"has only {len(np.unique(values))} different values, like a label map"
         assert read_case(case, ORGANS)[2] == [f"{case.image}: {expected}"]
 
 
