@@ -5,7 +5,7 @@ hospitals starts from the global weights w, trains locally and returns its w_k, 
 
     w ← Σ_k (n_k / Σ_j n_j) · w_k,   n_k the number of training cases at hospital k.
 
-One process plays all hospitals, in turn. Any model and any data will do; this needs torch alone.
+One process simulates all hospitals, in turn. Any model and any data will do; it needs only torch.
 With 8 cases at one hospital, 40 at another and a model that learns to double a number:
 
     import torch
@@ -101,7 +101,7 @@ def train_locally(
     max_norm: float = 1.0,
     autocast: torch.dtype | None = None,
 ) -> float:
-    """Train `model` for one optimizer step per (inputs, targets) batch; return the mean loss.
+    """Take one training step per (inputs, targets) batch; return the mean loss.
 
     The optimizer is a fresh AdamW, gradients are clipped to max_norm. Batches lie on the model's
     device already; targets may be anything that loss_function(float32 logits, targets) takes.
@@ -136,10 +136,9 @@ def federated_rounds(
     """Run FedAvg; yield (round, {hospital: mean training loss}), `model` then holding the average.
 
     Rounds count from 1, lr(round) is the learning rate, and hospitals train in the order of
-    `clients`, by `train`. A hospital keeps nothing from round to round, so to
-    resume, give the model as it was after round `start`. Raises FloatingPointError for
-    a loss or a weight that is not finite, ValueError without clients; a note on whatever is raised
-    says in which round and at which hospital.
+    `clients`, by `train`. A hospital keeps nothing from round to round; to resume, give the model
+    as it was after round `start`. Raises FloatingPointError for a loss or weight that is not finite
+    and ValueError without clients; a note on any error says in which round and at which hospital.
     """
     for round_ in range(start + 1, rounds + 1):
         w = {key: value.clone() for key, value in model.state_dict().items()}

@@ -45,8 +45,8 @@ class Arm(NamedTuple):
     """A way to train; all arms of a seed start from the same weights, and hospitals draw alike."""
 
     modalities: tuple[str, ...]  # whose hospitals take part
-    pooled: bool = False  # their cases in one place, instead of federated averaging
-    gin: bool = False  # whether GIN transforms a share p of the images
+    pooled: bool = False  # centralized: all cases in one place, instead of federated averaging
+    gin: bool = False  # whether GIN redraws each image with probability p
 
 
 ARMS = {
@@ -67,7 +67,7 @@ RATIOS = {"1:1": 1, "1:2": 2, "1:5": 5, "all": math.inf}  # CT training cases fo
 
 
 def plan(config: Config) -> list[Training]:
-    """The trainings of a run: seeds × arms × ratios (arms with CT) × shares p (arms with GIN).
+    """The trainings of a run: seeds × arms × ratios (arms with CT) × values of p (arms with GIN).
 
     Raises DataError for a name that is not in the tables above.
     """
@@ -80,8 +80,8 @@ def plan(config: Config) -> list[Training]:
     for seed in config.seeds:
         for name in config.arms or SCENARIOS[config.scenario]:
             ratios = (config.ratios or ("",)) if "ct" in ARMS[name].modalities else ("",)
-            shares = config.gin_probability if ARMS[name].gin else (None,)
-            trainings += [Training(seed, name, ratio, p) for ratio in ratios for p in shares]
+            probabilities = config.gin_probability if ARMS[name].gin else (None,)
+            trainings += [Training(seed, name, r, p) for r in ratios for p in probabilities]
     return trainings
 
 
@@ -113,9 +113,9 @@ def choose_cases(
 def make_clients(
     config: Config, training: Training, everyone: Sequence[Hospital], device: torch.device = CPU
 ) -> dict[str, Client]:
-    """Those who take part in federated averaging, by name.
+    """Those who take part in federated averaging, by name, which is a key of their random draws.
 
-    A pooled arm has a single client, with everybody's cases and as many batches as all of them.
+    A centralized arm has one client, "pooled", with all cases and as many batches as all hospitals.
     """
     chosen, steps = choose_cases(config, training, everyone), config.local_steps
     if ARMS[training.arm].pooled:
@@ -134,7 +134,7 @@ def make_client(
     steps: int,
     device: torch.device,
 ) -> Client:
-    """A client of `steps` batches a round; GIN redraws each image with probability training.p."""
+    """A client of `steps` batches per round; GIN redraws each image with probability training.p."""
 
     def batches(round_: int) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor | None]]]:
         """Yield (images, (labels, organs that each case labels or None for all)) on the device."""

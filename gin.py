@@ -1,13 +1,14 @@
-"""GIN: redraw the appearance of a batch with a random, untrained, shallow convolutional network.
+"""GIN: redraw the intensities of images with random, untrained, shallow convolutional networks.
 
 "Global Intensity Non-linear augmentation", Ouyang et al., IEEE TMI 2022 (arXiv 2111.12525), as
-FedGIN uses it (arXiv 2508.05137): shapes and edges stay, intensities and textures change, so a
-model that trains on redrawn images cannot lean on what tells CT from MRI. Labels stay as they are.
+FedGIN uses it (arXiv 2508.05137): intensities and textures change, shapes and edges mostly stay (a
+strong draw can hide an organ), labels are not touched. A model that trains on redrawn images cannot
+rely on what tells CT from MRI.
 
     import torch
     from gin import gin
     scans = torch.randn(2, 1, 32, 32, 32)  # (B, C, D, H, W); 1D and 2D work just as well
-    redrawn = gin(scans)  # (2, 1, 32, 32, 32), each image by a network of its own
+    redrawn = gin(scans)  # (2, 1, 32, 32, 32), each image redrawn by its own network
 """
 
 import itertools
@@ -32,19 +33,19 @@ def gin(
     kernel_sizes: tuple[int, ...] = (1, 3),
     generator: Generator = None,
 ) -> Tensor:
-    """Blend every image of a batch with what a random network makes of it, and restore its norm.
+    """Blend every image of a batch with the output of a random network, and restore its norm.
 
         m = α · g(x) + (1 − α) · x,   α ~ U(0, 1) for each image
         output = m · ‖x‖ / (‖m‖ + 1e-5)   with Frobenius norms over channels and space
 
-    g has n_layers convolutions, C → hidden_channels → … → C. A layer draws its kernel size from
-    kernel_sizes, and for each image kernels and biases from N(0, 1); LeakyReLU follows every layer
-    but the last. All draws come from `generator` (the CPU's default one if None) and none of them
-    makes the accelerator wait. Gradients do not flow through.
+    g has n_layers convolutions, C → hidden_channels → … → C. Each layer draws its kernel size from
+    kernel_sizes and, for each image, kernels and biases from N(0, 1); LeakyReLU follows every layer
+    but the last. All draws come from `generator` (the CPU's default one if None), and none of them
+    makes the accelerator wait. No gradient flows through.
 
     x: (B, C, *space) with 1 to 3 spatial axes, floating point. Returns the same shape, dtype and
     device; the arithmetic is float32, under autocast too (on CUDA, cuDNN makes that TF32, off by
-    some 6e-4, unless torch.backends.cudnn.allow_tf32 is False). Raises ValueError for any other x
+    about 6e-4, unless torch.backends.cudnn.allow_tf32 is False). Raises ValueError for any other x
     or for even kernel sizes, which would shift the image.
     """
     if x.ndim - 2 not in CONVOLUTION or not x.is_floating_point() or x.numel() == 0:
@@ -63,7 +64,7 @@ def gin(
 
 
 class GIN(nn.Module):
-    """`gin` as a layer: redraws each image with probability p; the identity in eval mode.
+    """`gin` as a layer: redraws each image with probability p; does nothing in eval mode.
 
     The other arguments are gin's own. Input and output: (B, C, *space), same dtype and device.
     Raises ValueError for what gin would refuse.
@@ -108,7 +109,7 @@ def _check(n_layers: int, hidden_channels: int, kernel_sizes: tuple[int, ...]) -
 def _draw_all(
     x: Tensor, channels: list[int], kernel_sizes: tuple[int, ...], generator: Generator
 ) -> list[Tensor]:
-    """The kernels and biases of each layer, those of all images together, and α."""
+    """The kernels and biases of each layer, for all images together, and α."""
     batch, axes, drawn = len(x), x.ndim - 2, []
     for c_in, c_out in itertools.pairwise(channels):
         k = kernel_sizes[int(_draw(torch.randint, (1,), generator, len(kernel_sizes)))]
@@ -119,10 +120,10 @@ def _draw_all(
 
 
 def _network(h: Tensor, weights: list[Tensor]) -> Tensor:
-    """Send each image of (B, C, *space) through convolutions and LeakyReLUs of its own."""
+    """Send each image of (B, C, *space) through its own convolutions and LeakyReLUs."""
     batch, channels, *space = h.shape
-    # The images side by side as channels of one image, each in a group of its own: one call a
-    # layer, and no kernel ever sees two images. On the CPU channels-last is the faster layout.
+    # The images lie side by side as channels of one image, each in its own group: one call per
+    # layer, and no kernel ever sees two images. On CPUs channels-last is the faster memory format.
     h = h.reshape(1, batch * channels, *space)
     if h.device.type == "cpu" and len(space) > 1:
         h = h.contiguous(memory_format=CHANNELS_LAST[len(space)])

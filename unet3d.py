@@ -86,9 +86,9 @@ def _block(in_channels: int, out_channels: int) -> nn.Sequential:
 
 
 class InstanceNorm(nn.GroupNorm):
-    """Instance normalization by what is fast on the device; on all of them with the same weights.
+    """Instance normalization by what is fast on the device, with the same weights on all devices.
 
-    GroupNorm with a channel in each group, which keeps a channels-last layout on a CPU, where
+    GroupNorm with one channel per group, which keeps channels-last memory format on a CPU, where
     PyTorch's instance_norm does not. On CUDA neither keeps it, and autocast runs group_norm in
     float32 (ATen/autocast_mode.h), so that every activation would be kept in float32 beside the
     convolutions' bfloat16; instance_norm computes its statistics in float32, and keeps bfloat16.
@@ -101,10 +101,10 @@ class InstanceNorm(nn.GroupNorm):
 
 
 def memory_format(device: torch.device) -> torch.memory_format:
-    """The layout of weights in which UNet3D is fast: model.to(device, memory_format=…).
+    """The memory format of weights in which UNet3D is fast: model.to(device, memory_format=…).
 
     Channels-last suits a CPU's convolutions. On CUDA every normalization would undo it and every
-    convolution do it again (pytorch#59168: a U-Net with instance norms a third slower).
+    convolution redo it (pytorch#59168: a U-Net with instance norms a third slower).
     """
     return torch.contiguous_format if device.type == "cuda" else torch.channels_last_3d
 

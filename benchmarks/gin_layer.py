@@ -17,7 +17,7 @@ from unet3d import UNet3D, memory_format
 
 
 def naive(x: Tensor, sizes: list[int]) -> Tensor:
-    """The formula as it is written: a grouped convolution per layer, in the default layout."""
+    """The formula as it is written: a grouped convolution per layer, default memory format."""
     batch, channels = x.shape[:2]
     h, widths = x.reshape(1, batch * channels, *x.shape[2:]), [channels, 2, 2, 2, channels]
     for layer, k in enumerate(sizes):

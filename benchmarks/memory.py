@@ -2,7 +2,7 @@
 
     python -m benchmarks.memory [--device cuda]
 
-Every layout trains as many steps in all. Linux only: it reads /proc.
+Every setting trains the same number of steps. Linux only: it reads /proc.
 """
 
 import json
@@ -17,7 +17,7 @@ from benchmarks.compare import in_processes, parse, phantom_clients
 from federated import federated_rounds
 
 CASES, REPEATS = 512, 2
-LAYOUTS = ((2, 1), (64, 1), (512, 1), (2, 16))  # hospitals, rounds
+SETTINGS = ((2, 1), (64, 1), (512, 1), (2, 16))  # hospitals, rounds
 
 
 def train(hospitals: int, rounds: int, device: torch.device) -> dict[str, float]:
@@ -39,7 +39,7 @@ def main() -> None:
         print(json.dumps(train(int(hospitals), int(rounds), torch.device(device_name))))
         return
     device = parse(__doc__).device
-    sides = {f"{k} hospitals, {r} rounds": [str(k), str(r), device.type] for k, r in LAYOUTS}
+    sides = {f"{k} hospitals, {r} rounds": [str(k), str(r), device.type] for k, r in SETTINGS}
     results = in_processes("benchmarks.memory", sides, REPEATS)
     for place in ("host", "device") if device.type == "cuda" else ("host",):
         first = None

@@ -92,11 +92,11 @@ def make_phantom(
         raise ValueError(f'modality must be "ct" or "mri", not {modality!r}')
     if scanner not in ("seen", "unseen"):
         raise ValueError(f'scanner must be "seen" or "unseen", not {scanner!r}')
-    other = scanner == "unseen"
-    rng = np.random.default_rng([seed, ("ct", "mri").index(modality) + 2 * other, index])
+    unseen = scanner == "unseen"
+    rng = np.random.default_rng([seed, ("ct", "mri").index(modality) + 2 * unseen, index])
     tissues = _draw_anatomy(rng)
     render = _render_ct if modality == "ct" else _render_mri
-    image = render(tissues, rng, other)
+    image = render(tissues, rng, unseen)
     labels = np.where(tissues <= len(ORGANS), tissues, 0)
     return image.astype(np.float32), labels.astype(np.uint8)
 
@@ -118,34 +118,34 @@ def _draw_anatomy(rng: np.random.Generator) -> np.ndarray:
     return tissues
 
 
-def _render_ct(tissues: np.ndarray, rng: np.random.Generator, other: bool) -> np.ndarray:
+def _render_ct(tissues: np.ndarray, rng: np.random.Generator, unseen: bool) -> np.ndarray:
     """Hounsfield values, each tissue a little off, partial volume and quantum noise.
 
     A kernel shapes the texture of noise (Solomon et al., Med Phys 39:6048, 2012,
     doi:10.1118/1.4752209); low-dose scans had 1.4 times that of standard ones (Husarik et al.).
     """
-    phase = (NATIVE, ARTERIAL, DELAYED)[rng.integers(3)] if other else PORTAL
+    phase = (NATIVE, ARTERIAL, DELAYED)[rng.integers(3)] if unseen else PORTAL
     values = phase + rng.normal(0, 12, len(phase)) * (np.arange(len(phase)) > 0)
-    image = ndimage.gaussian_filter(values[tissues], 0.8 if other else 0.5)
-    if other:
+    image = ndimage.gaussian_filter(values[tissues], 0.8 if unseen else 0.5)
+    if unseen:
         return image + 15 * _smooth_noise(rng, (), sigma=0.8)
     return image + rng.normal(0, 10, image.shape)
 
 
-def _render_mri(tissues: np.ndarray, rng: np.random.Generator, other: bool) -> np.ndarray:
+def _render_mri(tissues: np.ndarray, rng: np.random.Generator, unseen: bool) -> np.ndarray:
     """A mix of T1 and T2 weighting, fat suppressed, partial volume, a bias field and Rician noise.
 
     Balanced SSFP weights by T2/T1 (Scheffler and Lehnhardt, Eur Radiol 13:2409, 2003,
     doi:10.1007/s00330-003-1957-x). Over livers B1 spans 0.59 to 1.13 at 3 T and half as much, 0.83
     to 1.11, at 1.5 T (Roberts et al., Magn Reson Med 85:2212, 2021, doi:10.1002/mrm.28549).
     """
-    t2_weighting = rng.uniform(0.4, 0.6) if other else rng.beta(0.5, 0.5)
+    t2_weighting = rng.uniform(0.4, 0.6) if unseen else rng.beta(0.5, 0.5)
     values = (1 - t2_weighting) * T1 + t2_weighting * T2
     values *= rng.normal(1, 0.2, len(values)).clip(0.5, 1.5)
-    values[CODE["fat"]] *= rng.uniform(0, 0.2) if other else rng.uniform(0.35, 1)
+    values[CODE["fat"]] *= rng.uniform(0, 0.2) if unseen else rng.uniform(0.35, 1)
     image = ndimage.gaussian_filter(values[tissues], 0.5)
-    image *= np.exp((0.5 if other else 0.25) * _smooth_noise(rng, (), sigma=SIZE / 3))
-    real, imaginary = rng.normal(0, 0.04 if other else 0.02, (2, *image.shape))
+    image *= np.exp((0.5 if unseen else 0.25) * _smooth_noise(rng, (), sigma=SIZE / 3))
+    real, imaginary = rng.normal(0, 0.04 if unseen else 0.02, (2, *image.shape))
     return rng.uniform(200, 1000) * np.hypot(image + real, imaginary)
 
 

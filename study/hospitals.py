@@ -49,7 +49,7 @@ def load_hospitals(
     Every scan is read here, once. Raises DataError for folders that do not fit together, for cases
     that cannot be used, and where no training case has a needed modality; problems that names of
     files show are raised before any scan is read. all_sites_local=False allows organs that only
-    other sites label.
+    other hospitals label.
     """
     sources = find_sources(config)
     check_modalities(needed, {source.modality for source in sources})
@@ -156,7 +156,7 @@ def split_into_sites(source: Source, parts: Parts) -> list[Hospital]:
 
 
 def phantom_hospitals(config: Config, seed: int, sources: Sequence[Source]) -> list[Hospital]:
-    """Hospitals of phantoms; the source without modality is a scanner that no hospital has."""
+    """Hospitals of phantoms; the source without modality is the unseen scanner."""
     hospitals = []
     for source in sources:
         parts: dict[str, list[PreparedCase]] = {split: [] for split in SPLITS}

@@ -133,7 +133,7 @@ class TrainingFolder:
         files.write(self.path / "testing.json", files.to_json({"scores": rows}))
 
     def finish(self, checkpoint: Checkpoint, all_scores: Sequence[Mapping] | None = None) -> None:
-        """End a training whose last test case is scored; all_scores: with those of other sites."""
+        """End a training whose test is done; all_scores: with those of other hospitals."""
         self._write_history(checkpoint)
         rows = self.scores() if all_scores is None else all_scores
         files.write(self.path / "testing.json", files.to_json({"scores": rows}))

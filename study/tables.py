@@ -78,7 +78,7 @@ def _columns(scores: Sequence[Score], organs: Sequence[str]) -> dict[tuple, floa
 
 
 def screen(scores: Sequence[Score], organs: Sequence[str]) -> str:
-    """What a run ends with: a row per arm, and FedGIN's differences to the others."""
+    """What a run ends with: a row per arm, and the differences of fedgin to the others."""
     parts = by_scanner(scores)
     tested = {(score["scanner"], score["modality"]) for score in scores}
     columns = [(s, m) for s in parts for m in ("mri", "ct") if (s, m) in tested]
@@ -144,7 +144,7 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def comparisons(scores: Sequence[Score], of: str = "") -> str:
-    """A table of FedGIN against FL, single modalities and centralized+gin, as in the paper.
+    """A table of fedgin against fl, single modalities and centralized+gin, as in the paper.
 
     The difference in Dice on the same test cases at the same ratio and p, with its 95 % interval.
     Empty without such arms.
@@ -155,16 +155,16 @@ def comparisons(scores: Sequence[Score], of: str = "") -> str:
         groups.setdefault(key, []).append(score)
     rows = [[f"difference in Dice{of} [95 %]", "MRI", "CT"]]
     for fedgin in (key for key in groups if key.arm == "fedgin"):
-        peers = [
+        others = [
             Training(0, "mri-only"),
             Training(0, "ct-only", fedgin.ratio),
             Training(0, "fl", fedgin.ratio),
             Training(0, "centralized+gin", fedgin.ratio, fedgin.p),
         ]
-        for peer in (key for key in groups if key in peers):
-            row = [f"{fedgin.label} − {peer.arm}"]
+        for other in (key for key in groups if key in others):
+            row = [f"{fedgin.label} − {other.arm}"]
             for modality in ("mri", "ct"):
-                low, middle, high = paired_difference(groups[fedgin], groups[peer], modality)
+                low, middle, high = paired_difference(groups[fedgin], groups[other], modality)
                 mark = "*" if low <= 0 <= high else ""
                 shown = f"{middle:+.3f} [{low:.3f}, {high:.3f}]{mark}"
                 row.append("–" if math.isnan(low) else shown)

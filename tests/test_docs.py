@@ -200,7 +200,7 @@ def keep(folder, config, dice):
     folder.begin({"mri": 2}, torch.device("cpu"))
     weights = UNet3D(1, 6, config.width, config.depth).state_dict()
     folder.keep_model(Checkpoint(1, weights, 1, 0.5, weights))
-    for name, share in (("mri", 1.0), ("", 0.5)):  # an unseen scanner is no hospital's
+    for name, share in (("mri", 1.0), ("", 0.5)):  # the unseen scanner is not a hospital's
         for modality, value in (("mri", dice), ("ct", dice + 0.005)):
             score = {"outcome": "scored", "dice": value * share, "hd95": 1.0, "nsd": 1.0}
             case = PreparedCase("16", modality, None, None, None, None)
@@ -211,7 +211,7 @@ def keep(folder, config, dice):
 
 @pytest.fixture(scope="module")
 def left(tmp_path_factory):
-    """What a run with two seeds, two ratios and two shares of GIN leaves."""
+    """What a run with two seeds, two ratios and two probabilities of GIN leaves."""
     out = tmp_path_factory.mktemp("docs") / "run"
     config = Config(width=2, depth=2, rounds=1, mri_cases=2, out=str(out))
     run_folder = RunFolder(config, list(DICE), list(ARMS))

@@ -361,12 +361,12 @@ def test_a_finished_run_is_extended_and_trains_nothing_twice(
     assert command(*args, tmp_path / "a", "--arms", "fl", "--seeds", 2, 1) == 0
     ratios = ["--ratios", "1:5", "all"]
     more = ["--arms", "fl", "fedgin", "--seeds", 1, 2, *ratios]
-    shares = ["--gin-probability", 1, 0.5]
+    probabilities = ["--gin-probability", 1, 0.5]
     assert command(*args, tmp_path / "a", *more) == 0
     assert len(quick.rates) == 2 * 2 * 2 * 4  # rounds, hospitals, seeds, arms with their ratios
-    assert command(*args, tmp_path / "a", *more, *shares) == 0
+    assert command(*args, tmp_path / "a", *more, *probabilities) == 0
     assert len(quick.rates) == 2 * 2 * 2 * 6
-    assert command(*args, tmp_path / "b", *more, *shares) == 0
+    assert command(*args, tmp_path / "b", *more, *probabilities) == 0
     assert_same(*(outcome(tmp_path / name) for name in "ab"))
     capsys.readouterr()
     refuse_to_read(monkeypatch)
@@ -399,15 +399,16 @@ def test_other_settings_are_refused_before_a_scan_is_read(
     assert_same(left, outcome(tmp_path))
 
 
-def test_shares_that_differ_in_their_last_digits_are_two_trainings(tmp_path, quick, few):
-    shares = ["--gin-probability", "0.12345671", "0.12345672"]
-    assert command("--arms", "fedgin", "--rounds", 1, *shares, "--out", tmp_path) == 0
+def test_probabilities_that_differ_in_their_last_digits_are_two_trainings(tmp_path, quick, few):
+    probabilities = "0.12345671", "0.12345672"
+    args = ["--arms", "fedgin", "--rounds", 1, "--gin-probability", *probabilities]
+    assert command(*args, "--out", tmp_path) == 0
     assert len(quick.rates) == 2 * 2
-    for share in ("0.12345671", "0.12345672"):
-        folder = tmp_path / f"fedgin-1-5-p{share}-seed42"
+    for p in probabilities:
+        folder = tmp_path / f"fedgin-1-5-p{p}-seed42"
         scores = json.loads((folder / "scores.json").read_text())["scores"]
-        assert {row["p"] for row in scores} == {float(share)}
-        assert f"| fedgin 1:5 p={share} |" in (tmp_path / "results.md").read_text()
+        assert {row["p"] for row in scores} == {float(p)}
+        assert f"| fedgin 1:5 p={p} |" in (tmp_path / "results.md").read_text()
     assert {row["p"] for row in rows_of(tmp_path / "scores.csv")} == {"0.12345671", "0.12345672"}
 
 
@@ -497,7 +498,7 @@ def test_scenarios():
     assert labels_of_plan("--scenario", "complete", "--arms", "ct-only") == ["ct-only"]
 
 
-def test_ratios_and_shares_stand_behind_the_arms_that_differ_by_them():
+def test_ratios_and_probabilities_stand_behind_the_arms_that_differ_by_them():
     args = ["--arms", "mri-only", "fl", "fedgin"]
     assert labels_of_plan(*args) == ["mri-only", "fl 1:5", "fedgin 1:5 p=1"]
     more = ["--ratios", "1:1", "all", "--gin-probability", 1, 0.5]
@@ -521,7 +522,7 @@ def test_arms_and_ratios():
     mri_and_ct = hospitals(1)
 
     def shares(arm, ratio="", p=None, *args):
-        """{who trains: (cases, batches a round)}"""
+        """{who trains: (cases, batches per round)}"""
         clients = make_clients(config(*args), Training(1, arm, ratio, p), mri_and_ct)
         return {k: (client.n_k, len(list(client.batches(1)))) for k, client in clients.items()}
 
@@ -615,7 +616,7 @@ def test_the_screen_says_who_trains_on_what(tmp_path, quick, capsys):
 
 @pytest.mark.parametrize("with_gin", ["fedgin", "mri-only+gin", "ct-only+gin", "centralized+gin"])
 def test_arms_differ_by_gin_alone(with_gin):
-    """Each has a twin that trains on the same patches, untransformed."""
+    """Each has a twin that trains on the same patches, which GIN does not redraw."""
     plain = {"fedgin": "fl"}.get(with_gin, with_gin.removesuffix("+gin"))
     everyone = hospitals(1)
     sides = [
@@ -666,17 +667,17 @@ def test_batches_say_which_organs_are_labelled():
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
-def test_gin_redraws_a_share_p_of_the_images_and_nothing_else(p):
+def test_gin_redraws_images_with_probability_p_and_nothing_else(p):
     cases = hospitals(1)[0].train[:2]
     redrawn = draw_batches("mri", 1, p, 1, cases, "--batch-size", 8)
     plain = data.patches(volumes(cases), 32, 8, 3, data.generator(1, 1, "mri", "patches"))
-    layer, share = GIN(p, generator=data.generator(1, 1, "mri", "gin")), []
+    layer, changed = GIN(p, generator=data.generator(1, 1, "mri", "gin")), []
     for (found, (labels, _)), (images, target, _) in zip(redrawn, plain, strict=True):
         assert torch.equal(labels, target)
         assert torch.equal(found, layer(images))
-        share += (found != images).flatten(1).any(dim=1).tolist()
-    assert len(share) == 24
-    assert sum(share) == 24 * p if p in (0, 1) else 6 < sum(share) < 18
+        changed += (found != images).flatten(1).any(dim=1).tolist()
+    assert len(changed) == 24
+    assert sum(changed) == 24 * p if p in (0, 1) else 6 < sum(changed) < 18
 
 
 def test_validation_and_test_see_the_scans_as_they_are(monkeypatch):

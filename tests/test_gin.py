@@ -172,7 +172,7 @@ def test_a_layer_is_the_identity_in_eval_mode_and_at_p_0():
 
 
 @pytest.mark.parametrize("shape", [(2000, 2, 4), (2000, 1, 2, 2, 2)])
-def test_a_layer_redraws_a_share_p(shape):
+def test_a_layer_redraws_with_probability_p(shape):
     x = torch.randn(shape)
     once, again = (GIN(p=0.3, generator=seeded(1))(x) for _ in range(2))
     assert torch.equal(once, again)

@@ -1,4 +1,4 @@
-"""The U-Net and its loss against ones written by hand, MONAI's and PyTorch's; refusals; layout."""
+"""The U-Net and its loss against ones written by hand, MONAI's and PyTorch's; refusals; formats."""
 
 import numpy as np
 import pytest
@@ -47,14 +47,14 @@ def by_hand(model, x):
 @pytest.mark.parametrize(
     ("depth", "size"), [(1, (5, 1, 3)), (2, (4, 6, 2)), (3, (8, 4, 12)), (4, (24, 8, 16))]
 )
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
-def test_equals_a_forward_pass_by_hand(depth, size, layout):
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last_3d])
+def test_equals_a_forward_pass_by_hand(depth, size, form):
     """In training and in eval mode, as nothing but parameters is kept."""
     model = randomized(UNet3D(in_channels=2, out_channels=3, width=4, depth=depth)).double()
     x = torch.randn(2, 2, *size, dtype=torch.float64)
     expected = by_hand(model, x)
     assert expected.shape == (2, 3, *size)
-    model.to(memory_format=layout)
+    model.to(memory_format=form)
     torch.testing.assert_close(model(x), expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(model.eval()(x), expected, rtol=1e-9, atol=1e-9)
     assert not list(model.buffers())
@@ -109,14 +109,14 @@ def test_a_network_of_nothing_is_refused(name):
         UNet3D(**{name: 0})
 
 
-def test_the_layout_is_the_devices():
+def test_the_memory_format_is_the_devices():
     assert memory_format(torch.device("cpu")) == torch.channels_last_3d
     assert memory_format(torch.device("cuda", 1)) == torch.contiguous_format
 
 
 @torch.no_grad()
 def test_on_cuda_normalization_keeps_bfloat16_where_group_norm_would_not():
-    """By PyTorch's fake tensors, which know devices, dtypes and layouts, and need no GPU."""
+    """By PyTorch's fake tensors, which know devices, dtypes and memory formats, and need no GPU."""
     found = {}
     with FakeTensorMode(), torch.device("cuda"):
         torch.set_autocast_enabled("cuda", True)
