@@ -1,7 +1,7 @@
 """From arrays to batches: scans on the model's grid, and patches drawn from them.
 
 A scan is resampled to cubic voxels and normalized by its modality; with its labels it makes a
-Volume, from which patches are drawn. Needs PyTorch and NumPy alone:
+Volume, from which patches are drawn. Needs only PyTorch and NumPy:
 
     import numpy as np
     from data import generator, make_volume, patches, to_model_grid
@@ -27,8 +27,8 @@ NORMALIZATION = {
     "ct": (-160.0, 240.0),  # window in HU: soft tissue; another can be given
     "mri": (0.5, 99.5),  # percentiles
 }
-ORGAN_SHARE = 0.5  # of the patches is centred on a voxel of an organ, every organ as often
-VOXELS_PER_ORGAN = 1000  # candidates that a volume remembers for that
+ORGAN_SHARE = 0.5  # of the patches are centred on an organ's voxel, all organs equally often
+VOXELS_PER_ORGAN = 1000  # candidates for this that a volume keeps
 
 
 # --------------------------------------------------------------------------------- the model's grid
@@ -50,7 +50,7 @@ def normalize(
 ) -> np.ndarray:
     """Clip a CT (HU) to a window, an MRI to its percentiles; then mean 0, standard deviation 1.
 
-    The statistics are the scan's own, so none of another scan's ever enters.
+    The statistics are the scan's own, so other scans have no influence.
     """
     low, high = ct_window
     if modality == "mri":
@@ -74,7 +74,7 @@ def resampled_size(
 
 
 def resample_labels(scores: Iterable[Tensor], size: Sequence[int]) -> np.ndarray:
-    """Interpolate one score map (D, H, W) a class linearly to `size`; return the best class, uint8.
+    """Interpolate a score map (D, H, W) per class linearly to `size`; return the best class, uint8.
 
     With one-hot labels as scores it resamples a label map, with logits it brings a prediction back
     to a scan's grid. Only one class is held at the new size beside the best so far.
@@ -133,7 +133,7 @@ def make_volume(
 
 
 def generator(*key: Any) -> torch.Generator:
-    """Random numbers that depend on nothing but the key: seed, round, hospital and purpose."""
+    """Random numbers that depend only on the key: seed, round, hospital and purpose."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
@@ -143,10 +143,10 @@ def patches(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield `steps` random batches: images (B, 1, P, P, P) float32, labels (B, P, P, P) uint8.
 
-    Third comes what each case's data set labels, (B, 1 + organs) bool. Cases are drawn with equal
-    chance, with replacement. A volume smaller than the patch is padded with the lowest intensity in
-    the patch and background. All draws come from `generator`. Raises FloatingPointError for images
-    with values that are NaN or infinite; whatever is raised names the case in a note.
+    The third item is what each case's data set labels, (B, 1 + organs) bool. Cases are drawn with
+    equal probability and replacement. A volume smaller than the patch is padded with the patch's
+    lowest intensity and background. All draws come from `generator`. Raises FloatingPointError for
+    images with values that are NaN or infinite; a note on any error names the case.
     """
 
     def draw(n: int) -> int:
@@ -172,7 +172,7 @@ def patches(
 def prefetch(batches: Iterator[tuple], pin: bool = False) -> Iterator[tuple]:
     """Yield the same batches, each drawn by a thread while the one before it is in use.
 
-    pin puts them into page-locked memory, from where a GPU fetches them without being waited for.
+    pin puts them into page-locked memory, from which a GPU copies them while the CPU works.
     """
 
     def draw() -> tuple | None:

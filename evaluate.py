@@ -1,4 +1,4 @@
-"""Run a model that sees patches over whole volumes, and score label maps.
+"""Run a patch model over whole volumes, and score label maps.
 
 Sliding window with Gaussian blending; Dice, HD95 and NSD in millimetres, by MONAI's definitions.
 
@@ -85,7 +85,7 @@ def _starts(size: int, patch: int, overlap: float) -> list[int]:
 
 
 def _gaussian(patch: Sequence[int]) -> Tensor:
-    """Weights of shape `patch`, largest in the middle, none too small to be divided by."""
+    """Weights of shape `patch`, largest in the middle, none too small to divide by."""
     weight = torch.ones(())
     for p in patch:
         distance = (torch.arange(p) - (p - 1) / 2) / (p / 8)
@@ -96,7 +96,7 @@ def _gaussian(patch: Sequence[int]) -> Tensor:
 def dice(prediction: Mask, target: Mask) -> float:
     """Dice overlap 2 |P ∩ T| / (|P| + |T|) of two boolean arrays (NumPy or torch) of one shape.
 
-    Both empty: NaN, as there is nothing to score. One empty: 0. Raises ValueError for other input.
+    Both empty: NaN (nothing to score). One empty: 0. Raises ValueError for other input.
     """
     prediction, target = _masks(prediction, target)
     size = int(prediction.sum()) + int(target.sum())
@@ -104,10 +104,10 @@ def dice(prediction: Mask, target: Mask) -> float:
 
 
 def dice_by_label(prediction: np.ndarray, target: np.ndarray, classes: int) -> np.ndarray:
-    """dice of each organ in two label maps of one shape, from a single look at their voxels.
+    """dice of each organ in two label maps of one shape, from a single pass over their voxels.
 
-    Labels are below `classes`, of which the background 0 is left out: (classes − 1,) float64, NaN
-    where target has none, whatever is predicted.
+    Labels are below `classes`, and the background 0 is left out: (classes − 1,) float64, NaN where
+    target has none, whatever is predicted.
     """
     pairs = target.ravel().astype(np.intp) * classes + prediction.ravel()
     confusion = np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
@@ -119,9 +119,9 @@ def dice_by_label(prediction: np.ndarray, target: np.ndarray, classes: int) -> n
 def hd95(prediction: Mask, target: Mask, spacing: Sequence[float]) -> float:
     """95th percentile Hausdorff distance in mm of two boolean arrays of one shape.
 
-    A surface is the mask's voxels of which a face neighbour lies outside mask or array; distances
-    run between voxel centres. Of the two directions, each with its own 95th percentile (linear
-    interpolation), the larger counts: MONAI's compute_hausdorff_distance. Others pool both
+    A surface is the mask's voxels with a face neighbour outside mask or array; distances run
+    between voxel centres. Of the two directions, each with its own 95th percentile (linear
+    interpolation), the larger counts, as in MONAI's compute_hausdorff_distance. Others pool both
     directions before the percentile (medpy) or weight surface elements by area (DeepMind's
     surface-distance). spacing: mm along each axis. Both empty: NaN. One empty: the array's
     diagonal. Raises ValueError for other input.
@@ -142,7 +142,7 @@ def nsd(prediction: Mask, target: Mask, spacing: Sequence[float], tolerance: flo
 def hd95_and_nsd(
     prediction: Mask, target: Mask, spacing: Sequence[float], tolerance: float
 ) -> tuple[float, float]:
-    """hd95 and nsd in half the time, as both need the same distances."""
+    """hd95 and nsd in half the time, because both need the same distances."""
     prediction, target = _masks(prediction, target)
     if not (prediction.any() and target.any()):
         diagonal = math.dist([0] * prediction.ndim, np.multiply(prediction.shape, spacing))
@@ -175,13 +175,13 @@ def _surface_distances(
         np.argwhere(_surface(mask)) * np.asarray(spacing, dtype=float)
         for mask in (prediction[box], target[box])
     ]
-    affinity = getattr(os, "sched_getaffinity", None)  # workers=-1 would be all of the machine
+    affinity = getattr(os, "sched_getaffinity", None)  # workers=-1 would take the whole machine
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     return [cKDTree(b).query(a, workers=cores)[0] for a, b in (surfaces, surfaces[::-1])]
 
 
 def _surface(mask: np.ndarray) -> np.ndarray:
-    """The voxels of a mask of which a face neighbour lies outside mask or array."""
+    """The voxels of a mask with a face neighbour outside mask or array."""
     inner = mask.copy()
     for axis in range(mask.ndim):
         here, there = np.moveaxis(inner, axis, 0), np.moveaxis(mask, axis, 0)
@@ -203,8 +203,8 @@ def score_case(
 
     Scores are the outcome and, where that is "scored" or "missed", dice, hd95 (mm) and nsd (at
     `tolerance` mm). An organ that only the prediction lacks is "missed", one that both lack
-    "absent"; one whose label is False in `labelled` (None: all are True) is "unlabelled", as it may
-    be there.
+    "absent"; one whose label is False in `labelled` (None: all are True) is "unlabelled", because
+    it may be there.
     """
     scores: dict[str, dict] = {}
     found = [ndimage.find_objects(labels, len(organs)) for labels in (prediction, target)]

@@ -171,7 +171,7 @@ def train_client(
 
 @contextlib.contextmanager
 def noting(place: str) -> Iterator[None]:
-    """Add to whatever is raised inside a note that says where it was."""
+    """Add a note that says where it was to any error inside."""
     try:
         yield
     except Exception as error:

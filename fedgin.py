@@ -93,7 +93,7 @@ def choose_cases(
 ) -> dict[str, list[PreparedCase]]:
     """Who trains on which cases: {hospital: cases}.
 
-    In the limited scenario at most mri_cases MRI cases, and that number times the ratio of CT.
+    In the limited scenario: at most mri_cases MRI cases, and that number times the ratio of CT.
     """
     limit = {"mri": math.inf, "ct": math.inf}
     if config.scenario == "limited":
@@ -103,7 +103,7 @@ def choose_cases(
     chosen: dict[str, list[PreparedCase]] = {}
     for modality in ARMS[training.arm].modalities:
         holders = [hospital for hospital in everyone if hospital.modality == modality]
-        # In turns, so that a small share of the cases still comes from every hospital.
+        # In turns, so that a few cases still come from every hospital.
         turns = sorted((i, k) for k, h in enumerate(holders) for i in range(len(h.train)))
         for i, k in turns[: int(min(limit[modality], len(turns)))]:
             chosen.setdefault(holders[k].name, []).append(holders[k].train[i])
@@ -149,7 +149,7 @@ def make_client(
             yield augment(images), (labels, known)  # what FedGIN adds to FL
 
     # In the cross-entropy a class weighs 1 / √(its voxels here); only ratios count. With equal
-    # weights small organs now and then vanish from the prediction for good.
+    # weights, small organs sometimes vanish from the prediction for good.
     counts = np.sum([case.counts for case in cases], axis=0)
     weight = torch.from_numpy(counts).clamp(min=1).float().rsqrt().to(device)
     loss = functools.partial(segmentation_loss, weight=weight)
@@ -216,7 +216,7 @@ def learning_rate(config: Config, round_: int) -> float:
 def validate(
     config: Config, model: nn.Module, cases: Iterable[PreparedCase], modalities: Sequence[str]
 ) -> tuple[Tensor, Tensor]:
-    """Dice summed over the cases that have an organ, and how many: (modalities, organs) each."""
+    """Dice summed over the cases with an organ, and their number: (modalities, organs) each."""
     sums = torch.zeros(len(modalities), len(config.organs), dtype=torch.float64)
     counts = torch.zeros_like(sums)
     for case in cases:
@@ -263,7 +263,7 @@ def run_test(
             args = prediction, target, config.organs, spacing, config.nsd_tolerance, case.labelled
             yield (hospital, case), args
 
-    # Scored in the background; segmented on this thread, as cuDNN tunes its algorithms by thread.
+    # Scored in the background; segmented on this thread, because cuDNN tunes algorithms per thread.
     for (hospital, case), scores in in_background(score_case, segmented()):
         yield hospital, case, scores
 
@@ -271,7 +271,7 @@ def run_test(
 def run_training(
     folder: TrainingFolder, everyone: Sequence[Hospital], device: torch.device, progress: Progress
 ) -> None:
-    """Train and test one arm with one seed, from where it stopped; keep what comes of it."""
+    """Train and test one arm with one seed, from where it stopped; keep the results."""
     config, training, checkpoint = folder.config, folder.training, folder.checkpoint()
     clients = make_clients(config, training, everyone, device)
     folder.begin({name: client.n_k for name, client in clients.items()}, device)

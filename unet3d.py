@@ -24,7 +24,7 @@ class UNet3D(nn.Module):
     """3D U-Net: images (B, in_channels, D, H, W) → logits (B, out_channels, D, H, W).
 
     The level i of `depth` has width · 2^i channels at 1 / 2^i of the resolution. D, H and W must
-    divide by 2^(depth − 1); another size raises a ValueError, as nothing is ever resized silently.
+    divide by 2^(depth − 1); other sizes raise a ValueError, because nothing is resized silently.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ def _block(in_channels: int, out_channels: int) -> nn.Sequential:
     for c_in in (in_channels, out_channels):
         layers += [
             nn.Conv3d(c_in, out_channels, kernel_size=3, padding=1, bias=False),
-            InstanceNorm(out_channels, out_channels),  # a group for each channel
+            InstanceNorm(out_channels, out_channels),  # one group per channel
             nn.LeakyReLU(0.01, inplace=True),
         ]
     return nn.Sequential(*layers)
@@ -118,7 +118,7 @@ def segmentation_loss(
     labels, (B, classes), or None where all are. A voxel of an organ that was never labelled is
     background by its labels; so the probabilities of such organs are added to the background's
     first (the marginal loss, Shi et al. 2021, arXiv 2007.03868). weight: of each class in the
-    cross-entropy, above 0; raises ValueError for others, on the CPU, as a GPU would be waited for.
+    cross-entropy, above 0. Raises ValueError for others, on a CPU only, because a GPU would wait.
     """
     if logits.is_cpu and not (weight > 0).all():
         raise ValueError(f"segmentation_loss needs weights above 0, not {weight.tolist()}")

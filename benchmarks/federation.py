@@ -1,4 +1,4 @@
-"""Federated rounds beside a Flower simulation with the same model, data and steps.
+"""Federated rounds compared with a Flower simulation with the same model, data and steps.
 
     python -m benchmarks.federation [--device cuda]
 

@@ -1,4 +1,4 @@
-"""GIN beside its plain form, and its time relative to a training step.
+"""GIN compared with its plain form, and its time relative to a training step.
 
 python -m benchmarks.gin_layer [--device cuda]
 """

@@ -1,4 +1,4 @@
-"""A federated round that writes its checkpoint, beside the bare training steps.
+"""A federated round that writes its checkpoint, compared with the bare training steps.
 
 python -m benchmarks.overhead [--device cuda]
 """

@@ -1,4 +1,4 @@
-"""Preprocessing a 512 × 512 × 300 CT, from 0.8 × 0.8 × 2.5 mm to 2 mm, beside scipy's zoom.
+"""Preprocessing a 512 × 512 × 300 CT, from 0.8 × 0.8 × 2.5 mm to 2 mm, by ours and by scipy's zoom.
 
 python -m benchmarks.preprocessing
 """

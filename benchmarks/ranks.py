@@ -23,7 +23,7 @@ from scans.phantom import ORGANS, SPACING, make_phantom
 from study.config import Config
 
 FEW, MANY = 3, 11  # rounds; their difference leaves out start-up, testing and the end
-CASES = 24  # a modality
+CASES = 24  # per modality
 SETTINGS = ("--patch", "32", "--width", "8", "--depth", "4", "--local-steps", "20")
 
 
@@ -100,7 +100,7 @@ def main() -> None:
             seconds = (many - few) / (MANY - FEW)
             sent = (sent_many - sent_few) / (MANY - FEW) / ranks
             print(
-                f"{ranks} ranks: {seconds:.2f} s a round, {sent / 1e6:.3f} MB sent by a rank in a "
+                f"{ranks} ranks: {seconds:.2f} s per round, {sent / 1e6:.3f} MB sent per rank and "
                 f"round, {sent / size:.2f} of the model's size",
                 flush=True,
             )

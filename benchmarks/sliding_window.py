@@ -1,4 +1,4 @@
-"""Sliding-window inference beside MONAI's: the same model, overlap and Gaussian blending.
+"""Sliding-window inference compared with MONAI's: the same model, overlap and Gaussian blending.
 
 python -m benchmarks.sliding_window [--device cuda]
 """

@@ -1,4 +1,4 @@
-"""HD95 and NSD of a liver in a 512 × 512 × 300 CT, beside MONAI's.
+"""HD95 and NSD of a liver in a 512 × 512 × 300 CT, compared with MONAI's.
 
 python -m benchmarks.surface_metrics
 """

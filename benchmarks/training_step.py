@@ -1,4 +1,4 @@
-"""One training step, U-Net forward, backward and optimizer, beside MONAI's BasicUNet.
+"""One training step, U-Net forward, backward and optimizer, compared with MONAI's.
 
 python -m benchmarks.training_step [--device cuda]
 """

@@ -1,4 +1,4 @@
-"""Preprocessed cases on disk: a folder each, which is whole or absent, and mapped when it is used.
+"""Preprocessed cases on disk: one folder per case, whole or absent, mapped when it is used.
 
 An entry is found by the contents of the case's files and by the settings, not by paths or times, so
 a data set that was moved, copied or touched keeps its cache. cases.py decides what to write.
@@ -51,7 +51,7 @@ def write_entry(folder: Path, volume: Volume, scan: Scan, target: np.ndarray) ->
     metadata = {"counts": volume.counts.tolist(), "warnings": scan.warnings, "image_crc": crc}
     with tempfile.TemporaryDirectory(prefix=MAKING, dir=folder.parent) as temporary:
         made = Path(temporary) / folder.name
-        made.mkdir()  # with the umask's rights, because colleagues may share a cache
+        made.mkdir()  # with the umask's permissions, because colleagues may share a cache
         for name in ARRAYS:
             np.save(made / f"{name}.npy", getattr(volume, name))
         np.savez_compressed(made / "target.npz", labels=target, spacing=scan.spacing)
@@ -72,7 +72,7 @@ def write_entry(folder: Path, volume: Volume, scan: Scan, target: np.ndarray) ->
 def only_writer(cache: Path) -> Iterator[None]:
     """Wait until no other process writes to a cache, so that none makes an entry twice."""
     if cache.is_dir() and not os.access(cache, os.W_OK):
-        yield  # it can be read, and nobody here can write to it
+        yield  # this user can read it, but not write to it
         return
     with lock(cache / "lock") as free:
         pass
@@ -96,13 +96,13 @@ def entry_name(
 
 
 def size_and_crc(path: Path) -> tuple[int, int]:
-    """The size and CRC-32 of a file; zeros if it cannot be opened, as reading it will tell.
+    """The size and CRC-32 of a file; zeros if it cannot be opened, because reading will say so.
 
-    The last 8 bytes of a .gz hold the CRC-32 and length of its content, which are used instead. In
-    a .gz of several parts (bgzip) they describe the last one only. A length below the file's size
-    shows this, and then the whole file is read.
+    The last 8 bytes of a .gz hold the CRC-32 and length of its content, which are used instead. If
+    the length is below the file's size, they describe only the last of several parts (bgzip), and
+    the whole file is read.
     """
-    if not (os.access(path, os.R_OK) and path.is_file()):  # to open a pipe would take for ever
+    if not (os.access(path, os.R_OK) and path.is_file()):  # opening a pipe would never end
         return 0, 0
     size, crc = path.stat().st_size, 0
     with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""A case: a scan with its labels, read, checked, on the model's grid, and kept in a cache."""
+"""A case: a scan with its labels, read, checked, put on the model's grid and kept in a cache."""
 
 import contextlib
 import functools
@@ -134,7 +134,7 @@ def load_cases(
 def preprocess(
     case: Case, organs: Sequence[str], spacing: float, ct_window: tuple[float, float], folder: Path
 ) -> str:
-    """Write a case's entry, unless it is there; return what keeps it from being used, or ""."""
+    """Write a case's entry, unless it exists; return what keeps it from being used, or ""."""
     try:
         if not folder.exists():
             scan, target = read_usable(case, organs, ct_window)

@@ -45,7 +45,7 @@ def reading(path: Path) -> Iterator[None]:
 def names_in(folder: Path) -> dict[str, Path]:
     """{name: path} of what a folder holds, sorted, without hidden files; empty without a folder.
 
-    Names are in Unicode's composed form (NFC), so that names which look alike are alike.
+    Names are in Unicode's composed form (NFC), so that names that look alike are equal.
     """
     with reading(folder):
         names = sorted(os.listdir(folder)) if folder.is_dir() else []
@@ -82,7 +82,7 @@ def write(path: Path, content: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Put the names in a folder on the disk; until then a new one may be lost."""
+    """Write the names in a folder to the disk; until then a new one may be lost."""
     with contextlib.suppress(OSError):  # on Windows and on some network disks this is not possible
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -133,7 +133,7 @@ def lock(path: Path, wait: bool = False) -> Iterator[bool]:
         yield held
 
 
-@functools.cache  # once a folder
+@functools.cache  # once per folder
 def _warn_of_no_locks(folder: Path) -> None:
     print(f"{folder}: locks do not work here; let no other process use it", file=sys.stderr)
 
@@ -167,7 +167,7 @@ def read_pt(path: Path) -> dict[str, Any]:
     Raises DataError for another kind of file, and for a damaged one, even by a single bit.
     """
     with reading(path), zipfile.ZipFile(path) as archive:
-        # torch.load checks no checksum, and reads entries flagged as directories as empty.
+        # torch.load verifies no checksum, and reads entries flagged as directories as empty.
         if archive.testzip() or any(info.external_attr for info in archive.infolist()):
             raise ValueError("a part of it is damaged")
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -180,4 +180,4 @@ def to_csv(rows: Iterable[Mapping[str, Any]], columns: Sequence[str] = ()) -> by
     cells = [[row.get(name) for name in names] for row in rows]
     table = [["" if cell != cell else cell for cell in row] for row in cells]  # NaN is not itself
     csv.writer(text).writerows([names, *table])
-    return text.getvalue().encode("utf-8", "surrogateescape")  # names of files may be no UTF-8
+    return text.getvalue().encode("utf-8", "surrogateescape")  # file names may not be UTF-8

@@ -57,10 +57,10 @@ def find_cases(
 ) -> list[Case]:
     """List the labelled cases of a folder, sorted by id, with the masks of these organs.
 
-    Unless `layout` is given, the content of the folder decides it. `modality` keeps the cases of
-    this modality only, and says what a data set is that does not say so itself. A case that lacks a
-    file is listed too, and reading it names the file. Raises DataError if the folder is missing,
-    looks like two layouts, or holds no such case.
+    Unless `layout` is given, the content of the folder decides it. `modality` keeps only the cases
+    of this modality, and is that of a data set that does not name its own. A case that lacks a file
+    is listed too, and reading it names the file. Raises DataError if the folder is missing, looks
+    like two layouts, or holds no such case.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -131,7 +131,7 @@ def _totalsegmentator_scans(folders: Mapping[str, Path]) -> list[tuple[str, str]
     for id_, folder in folders.items():
         looks_like_one = re.fullmatch(r"s\d{4}", id_)
         if not (looks_like_one or os.access(folder, os.R_OK)):
-            continue  # somebody else's: lost+found, for instance
+            continue  # not a case: lost+found, for instance
         names = names_in(folder)
         kinds = [kind for kind in MODALITIES if f"{kind}.nii.gz" in names]
         scans += [(id_, kind) for kind in kinds]
@@ -148,7 +148,7 @@ def _amos(root: Path, organs: Sequence[str], modality: str | None) -> Iterator[C
         for name in {*_amos_names(images), *_amos_names(labels)}:
             id_ = name.removesuffix(".nii.gz")
             kind = "mri" if int(id_[-4:]) > 500 else "ct"
-            # Nobody has drawn bladder and prostate in MRI.
+            # Nobody has outlined bladder and prostate in MRI.
             values = {organ: (n,) for n, organ in AMOS.items() if kind == "ct" or n < 14}
             check_apart(root, values, match(organs, values))
             masks, known = _label_map(labels / name, values, organs), (0, *AMOS)

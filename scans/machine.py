@@ -1,4 +1,4 @@
-"""What the machine holds and how it is used: memory, and threads that read scans side by side."""
+"""What the machine holds and how it is used: memory, and threads that read scans in parallel."""
 
 import contextlib
 import itertools
@@ -23,7 +23,7 @@ CGROUPS = (  # by version: its line in /proc/self/cgroup, and where its limit an
     (r"^0::(.*)$", "", "max", "current"),
     (r"^\d+:memory:(.*)$", "memory", "limit_in_bytes", "usage_in_bytes"),
 )
-LARGE_SCAN = 4e9  # bytes that preprocessing 512 × 512 × 600 voxels takes, 24 a voxel
+LARGE_SCAN = 4e9  # bytes that preprocessing 512 × 512 × 600 voxels takes, 24 per voxel
 
 
 def free_memory(root: Path = Path("/")) -> float:
@@ -51,16 +51,16 @@ def free_memory(root: Path = Path("/")) -> float:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True if the error means out of memory or threads, of which PyTorch has several exceptions."""
+    """Whether memory or threads ran out, for which PyTorch raises several kinds of errors."""
     if isinstance(error, RuntimeError):
         return WANTING.search(str(error)) is not None
     return isinstance(error, MemoryError)
 
 
 def in_parallel(function: Callable, jobs: Sequence, label: str) -> Generator[Any, None, None]:
-    """function(job) of every job, in order, behind a progress bar; one thread per core.
+    """function(job) of every job, in order, with a progress bar; one thread per core.
 
-    There are fewer threads where memory does not hold as many large scans. Threads suffice because
+    There are fewer threads if memory cannot hold that many large scans. Threads suffice because
     decompression, NumPy and PyTorch release Python's lock while they compute.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

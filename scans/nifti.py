@@ -25,13 +25,13 @@ GEOMETRY = (  # fields of a header
     *("qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z"),
 )
 LONGEST, SHORTEST = 4000, 20  # mm of a scan's longest side; a file in metres is below
-FOREIGN = {  # how other files begin that stand in a scan's place, and what they are
+FOREIGN = {  # how files begin that stand in a scan's place, and what they are
     GZIP: "it was compressed by gzip twice; `gunzip` it once",
     b"version https://git-lfs": "it is a Git LFS pointer, not the file; `git lfs pull` fetches it",
     b"<": "it is a web page, not a NIfTI file; download it again",
 }
-SHEAR = 0.01  # cosine between two axes; more is no rounding
-SILENT = logging.Logger("silent", logging.CRITICAL + 1)  # for what nibabel mends
+SHEAR = 0.01  # cosine between two axes; more is not rounding
+SILENT = logging.Logger("silent", logging.CRITICAL + 1)  # for what nibabel repairs
 
 
 class Scan(NamedTuple):
@@ -53,7 +53,7 @@ def read_nifti(path: Path) -> Scan:
     with reading(path), np.errstate(all="ignore"):  # what is not finite is found below
         if not path.exists():
             raise DataError(f"{path}: is missing")
-        if not path.is_file():  # a pipe would keep its reader waiting for ever
+        if not path.is_file():  # a pipe would keep its reader waiting forever
             raise DataError(f"{path}: is not a file but a folder, a pipe or a device")
         content = path.read_bytes()
         if content[:2] == GZIP:
@@ -76,7 +76,7 @@ def _parse(content: bytes) -> nibabel.Nifti1Image:
         raise ValueError(known[0] if known else "it is truncated, or not a NIfTI file")
     header = kinds[0].header_class(content[: kinds[0].header_class.sizeof_hdr], check=False)
     pixdim = header["pixdim"][1:4].tolist()
-    if not all(math.isfinite(mm) and mm != 0 for mm in pixdim):  # nibabel would mend a 0
+    if not all(math.isfinite(mm) and mm != 0 for mm in pixdim):  # nibabel would repair a 0
         raise ValueError(f"voxel size {pixdim} mm is zero or not finite")
     header.check_fix(SILENT)
     if header.get_data_offset() < header.sizeof_hdr:
@@ -94,7 +94,7 @@ def _parse(content: bytes) -> nibabel.Nifti1Image:
     longest = max(voxel_sizes(affine) * shape[:3])
     if not SHORTEST <= longest <= LONGEST:
         raise ValueError(f"its longest side is {longest:.3g} mm; are its voxel sizes in mm?")
-    # from_bytes would do the same, and print what it mends without the file's name.
+    # from_bytes would do the same, and print what it repairs without the file's name.
     return kinds[0](ArrayProxy(io.BytesIO(content), header), affine, header)
 
 
@@ -104,7 +104,7 @@ def _header_warnings(file: nibabel.Nifti1Image) -> list[str]:
     if s_code > 0 and q_code > 0:
         try:
             apart = corners_apart(file.affine, file.get_qform(), file.shape[:3])
-        except ValueError:  # a qform that is no rotation
+        except ValueError:  # a qform that is not a rotation
             apart = True
     if apart:
         warnings.append("its sform and qform put it at different places; the sform is used")
@@ -138,7 +138,7 @@ def to_nifti(labels: np.ndarray, scan: Scan) -> bytes:
     """The content of a .nii.gz of a label map on a scan's voxels, with the scan's own axes.
 
     labels: (R, A, S), as scan.voxels. Of the scan's header only its geometry is taken, because the
-    rest may tell who the patient is.
+    rest may identify the patient.
     """
     own = nibabel.orientations.io_orientation(scan.header.get_best_affine())
     turn = nibabel.orientations.ornt_transform(np.array([[0, 1], [1, 1], [2, 1]]), own)

@@ -1,6 +1,6 @@
 """Names of structures: what is asked for, found among what folders label in their own spelling.
 
-Case, spaces, hyphens and underscores do not matter, nor where left or right stands and how short:
+Case, spaces, hyphens and underscores do not matter, nor where left or right stands or how short:
 Kidney_L, "left kidney" and kidney_left are one.
 """
 
@@ -40,7 +40,7 @@ def common_name(name: str) -> str:
 
 
 def match(organs: Iterable[str], structures: Iterable[str]) -> dict[str, list[str]]:
-    """{organ: the structures that are it}, without those that are missing; kidneys are both."""
+    """{organ: the structures that mean it}, without missing organs; kidneys are both kidneys."""
     forms = {structure: spelling(structure) for structure in structures}
     found = {}
     for organ in organs:

@@ -8,7 +8,7 @@ are no substitute for patients, and a Dice measured on them says nothing about a
     image, labels = make_phantom(seed=42, modality="mri", index=0)  # (32, 32, 32) float32 and uint8
     image, labels = make_phantom(42, "ct", 0, scanner="unseen")  # another patient and scanner
 
-Hospitals train on the seen scanner. The unseen one is for tests, as AMOS22 is to a network that was
+Hospitals train on the seen scanner. The unseen one is for testing, like AMOS22 for a network that
 trained on TotalSegmentator; its anatomy has the same distribution. It was set from the literature
 (named in docs/results.md and beside the renderers) before any network had seen it:
 
@@ -16,8 +16,8 @@ trained on TotalSegmentator; its anatomy has the same distribution. It was set f
     CT contrast phase          portal venous               native, late arterial or delayed
     CT kernel (Gaussian)       0.5 voxels                  0.8 voxels: softer
     CT noise                   10 HU, white                15 HU, correlated over 0.8 voxels
-    MRI share of T2 weighting  Beta(0.5, 0.5): most near   0.4 to 0.6: neither T1 nor T2, as one
-                               0 (T1) or 1 (T2)            seen case in eight
+    MRI share of T2 weighting  Beta(0.5, 0.5): most near   0.4 to 0.6: neither T1 nor T2, like
+                               0 (T1) or 1 (T2)            one seen case in eight
     MRI signal of fat          0.35 to 1 of it left        0 to 0.2: suppressed
     MRI bias field             0.25 (log, deviation)       0.5
     MRI noise                  0.02                        0.04
@@ -31,7 +31,7 @@ SPACING = 9.0  # mm, so that the volume spans an upper abdomen of 29 cm
 ORGANS = ("liver", "kidneys", "spleen", "pancreas", "gallbladder")  # labels 1 to 5
 
 # What fills each tissue: Hounsfield units in four contrast phases of CT, and the relative signal of
-# T1- and T2-weighted MRI. Organs swap their order between columns. Order: labels, then the rest.
+# T1- and T2-weighted MRI. The organs' order differs between columns. Order: labels, then the rest.
 TISSUES = {
     #               native arterial portal delayed   T1    T2
     "air":         (-1000, -1000, -1000, -1000,     0.00, 0.00),
@@ -49,8 +49,6 @@ TISSUES = {
 }  # fmt: skip
 CODE = {name: code for code, name in enumerate(TISSUES)}
 NATIVE, ARTERIAL, PORTAL, DELAYED, T1, T2 = np.array(list(TISSUES.values()), dtype=np.float32).T
-
-# docs/results.md names the sources of the phases of the unseen scanner.
 
 # Ellipsoids in the order in which they are painted, later ones on top: tissue, centre and radii as
 # fractions of the half-width, along x, y and z.
@@ -84,7 +82,7 @@ def make_phantom(
 
     CT images are in Hounsfield units, MRI images in arbitrary ones; labels index ORGANS from 1 on.
     Axes run from the patient's left to right, back to front and feet to head (nibabel's RAS+, in
-    which scans are read: the liver lies at large x), SPACING mm a voxel. The same arguments give
+    which scans are read: the liver lies at large x), SPACING mm per voxel. The same arguments give
     the same case; scanners share no patient. Raises ValueError for a modality other than "ct" and
     "mri", and for a scanner other than "seen" and "unseen".
     """
@@ -102,7 +100,7 @@ def make_phantom(
 
 
 def _draw_anatomy(rng: np.random.Generator) -> np.ndarray:
-    """Paint ANATOMY with sizes, places, rotation and smooth deformation of this case's own."""
+    """Paint ANATOMY with this case's own sizes, places, rotation and smooth deformation."""
     axis = (np.arange(SIZE) + 0.5) * 2 / SIZE - 1
     grid = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"))  # (3, x, y, z) in -1…1
     grid = np.tensordot(_rotation(rng.normal(0, np.radians(5), 3)), grid, axes=1)

@@ -1,6 +1,6 @@
 """Whether voxels are what they are said to be: Hounsfield units, an MRI signal, labels.
 
-What is impossible keeps a case from being used; what is unlikely is warned of.
+Impossible values make a case unusable; unlikely ones cause a warning.
 """
 
 import math
@@ -61,7 +61,7 @@ def _find_impossible(
 
 
 def sample(voxels: np.ndarray) -> np.ndarray:
-    """Some ten thousand of a scan's voxels, at a stride that meets every row, column and slice."""
+    """About ten thousand of a scan's voxels, at a stride that meets every row, column and slice."""
     stride = max(1, voxels.size // SAMPLE)
     while math.gcd(stride, voxels.size) > 1:
         stride += 1

@@ -23,7 +23,7 @@ from study.hospitals import warn_of_copies
 
 
 def inspect(case: Case, organs: Sequence[str]) -> dict:
-    """What there is to say of a case: what is wrong, its spacing and size, voxels by organ."""
+    """A report on a case: what is wrong, its spacing and size, voxels by organ."""
     labelled = [organ for organ in organs if organ in case.masks]
     scan, labels, errors, warnings = read_case(case, labelled)
     if labelled and not (errors or labels.any()):
@@ -43,7 +43,7 @@ def inspect(case: Case, organs: Sequence[str]) -> dict:
 
 
 def check_folder(folder: str, args: argparse.Namespace) -> list[dict]:
-    """Read every case of a folder and print what there is to say; empty if none is read."""
+    """Read every case of a folder, print and return the reports; empty if none is read."""
     organs, lines = args.organs or ORGANS, {}
     try:
         cases = find_cases(folder, args.modality, args.layout, organs)

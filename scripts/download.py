@@ -40,14 +40,14 @@ TERMS = {
     "mri": "see the record's page; cite: Akinci D'Antonoli et al. 2025, doi:10.1148/radiol.241613",
     "test": "CC BY 4.0; cite: Ji et al. 2022, arXiv:2206.08023",
 }
-# What is taken of a zip. Group 1 is the path in the folder, so that no name leads out of it.
+# What is taken from a zip. Group 1 is the path in the folder, so that no name leads out of it.
 MASKS = "gallbladder|kidney_left|kidney_right|liver|pancreas|spleen"
 TOTALSEGMENTATOR = r"(?:.*/)?((?P<id>s[0-9]{4})/(?:ct|mri|segmentations/[^/]+)\.nii\.gz|meta\.csv)"
 AMOS22 = r"(?:.*/)?((?:images|labels)(?:Tr|Va)/(?P<id>amos_[0-9]{4})\.nii\.gz|dataset\.json)"
 BLOCK = 2**18  # bytes to request at least, because servers count requests
 CHUNK = 2**24  # bytes to request at most; larger files on disk are compared by size only
 WAITS: tuple[int, ...] = (1, 3, 10, 30, 60)  # seconds before the next try
-HIDDEN = ".download"  # the folder of files that are not whole yet
+HIDDEN = ".download"  # the folder of files that are not complete yet
 AGENT = "FedGIN-download/1 (https://arxiv.org/abs/2508.05137)"  # Zenodo refuses libraries' names
 # What zipfile raises for a file that is damaged, has a password or is packed in an unknown way.
 DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, ValueError)
@@ -55,7 +55,7 @@ Members = dict[str, zipfile.ZipInfo]  # by their paths in the data set's folder
 
 
 class RemoteFile(io.RawIOBase):
-    """A seekable file on a web server, of which only what is read is fetched."""
+    """A seekable file on a web server; only what is read is fetched."""
 
     def __init__(self, url: str) -> None:
         self.url, self.position, self.fetched = url, 0, 0
@@ -116,7 +116,7 @@ def find_cases(archive: zipfile.ZipFile, amos: bool) -> tuple[Members, dict[str,
     """Return the metadata file, and the complete cases in an order that is the same for everyone.
 
     Cases with most organs come first, and a hash orders equals. A mask counts as empty if it has at
-    most 256 bytes more, compressed, than the smallest of its case. AMOS22's labels do not tell.
+    most 256 bytes more, compressed, than the smallest of its case. AMOS22's labels do not show it.
     """
     cases: dict[str, Members] = {"": {}}
     for info in sorted(archive.infolist(), key=lambda info: (len(info.filename), info.filename)):
@@ -178,7 +178,7 @@ def download(url: str, root: Path, number: int) -> bool:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Fetch the data sets in turn and say how to go on; 1 if a case is damaged."""
+    """Fetch the data sets in turn and say how to continue; 1 if a case is damaged."""
     folders, whole = {"ct": "", "mri": "", "test": ""}, True
     for name in dict.fromkeys(args.names):
         record, file, flag, scans, gb = DATA_SETS[name]
@@ -204,7 +204,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; exit code 0, 1 if something could not be had, 2 for bad input."""
+    """Run the command; exit code 0, 1 if something could not be fetched, 2 for bad input."""
     use_any_characters()
     parser = new_parser(__doc__, "python -m scripts.download DATA_SET [DATA_SET …] [options]")
     add, text = parser.add_argument, "number of cases per modality (default: 40)"

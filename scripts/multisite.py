@@ -79,7 +79,7 @@ def run_training(
     progress: Progress,
     peers: Peers,
 ) -> None:
-    """Train and test with the other ranks, from where they stopped; keep what comes of it.
+    """Train and test with the other ranks, from where they stopped; keep the results.
 
     A rank that has finished gives the others what they lack, and changes nothing of its own.
     """
@@ -172,10 +172,7 @@ def check_cases(config: Config, everyone: Sequence[Hospital], peers: Peers) -> d
 
 
 def share_checkpoint(own: Checkpoint, initial: Weights, peers: Peers) -> Checkpoint:
-    """The checkpoint of the rank that has come furthest, at every rank; histories stay their own.
-
-    So a rank that has lost its folder goes on with the others.
-    """
+    """The furthest rank's checkpoint, with own history; this rank may have lost its folder."""
     replies = peers.exchange([own.round, own.best_round, own.best_dice])
     source = max(range(peers.size), key=lambda rank: replies[rank][0])
     numbers = torch.cat([pack(w or initial) for w in (own.weights, own.best_weights)])
@@ -194,7 +191,7 @@ def share_scores(own: list[dict[str, Any]], n_organs: int, peers: Peers) -> list
 
 
 def refuse(message: str) -> NoReturn:
-    """End a rank that was started with wrong flags, and let the others hear of it."""
+    """End a rank that was started with wrong flags, and tell the others."""
     with contextlib.suppress(DataError, ConnectionError), join("its flags", timeout=60):
         raise DataError(message)
     sys.exit(2)
@@ -203,8 +200,7 @@ def refuse(message: str) -> NoReturn:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; see console.run_command for its exit codes."""
     console.use_any_characters()
-    text = "folder of this hospital's {} scans; a rank takes one folder in all, --ct or --mri"
-    own = {modality: text.format(modality.upper()) for modality in MODALITIES}
+    own = dict.fromkeys(MODALITIES, "this hospital's folder: one in all, with --ct or --mri")
     own["out"] = "folder for the results (default: runs/ARM-NAME)"
     parser = make_parser(__doc__, leave_out=SEVERAL, texts=own)
     parser.usage = USAGE

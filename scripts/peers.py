@@ -1,4 +1,4 @@
-"""What the processes that torchrun started tell one another: short messages, and sums of tensors.
+"""What the processes under torchrun send one another: short messages, and sums of tensors.
 
     with join("north", timeout=1800) as peers:
         names = peers.exchange("north")  # what each rank says, by rank
@@ -26,7 +26,7 @@ from scans.machine import is_out_of_memory
 
 
 class Peers:
-    """The ranks, one a hospital, seen from one of them.
+    """The ranks, one per hospital, seen from one of them.
 
     Everything passes through PyTorch's gloo and the CPU, so that machines with and without a GPU
     work together; messages are JSON. A call raises ConnectionError if another rank has failed, has
@@ -39,7 +39,7 @@ class Peers:
         self.in_step = False  # True between two calls
 
     def connect(self) -> None:
-        """Link all ranks, unless one of them was told of a network device that it does not have."""
+        """Link all ranks, unless one of them was given a network device that it does not have."""
         devices, problem = os.environ.get("GLOO_SOCKET_IFNAME", ""), ""
         try:
             for device in filter(None, devices.split(",")):
@@ -86,7 +86,7 @@ class Peers:
         return numbers
 
     def average(self, w_k: Weights, n_k: float) -> Weights:
-        """Σ_k (n_k / Σ_j n_j) · w_k over all ranks, of which each gives its own; see federated."""
+        """Σ_k (n_k / Σ_j n_j) · w_k over all ranks, each of which gives its own (federated.py)."""
         average = RunningAverage()
         average.add(w_k, n_k)
         own = [pack(average.sums), torch.tensor([average.total], dtype=torch.float64)]
@@ -96,7 +96,7 @@ class Peers:
 
     @contextlib.contextmanager
     def _call(self) -> Iterator[None]:
-        """Re-raise what gloo or the store say of a link that is closed or silent."""
+        """Raise ConnectionError if gloo or the store reports a link that is closed or silent."""
         self.in_step = False
         try:
             yield
@@ -111,7 +111,7 @@ class Peers:
 
 @contextlib.contextmanager
 def join(name: str, timeout: float) -> Iterator[Peers]:
-    """Be one of the ranks; what ends it early is told to the others and in torchrun's summary."""
+    """Be one of the ranks; if it ends early, tell the others why, and torchrun's summary."""
     peers = Peers(name, timeout)
     try:
         peers.connect()

@@ -102,7 +102,7 @@ def predict(
     record: dict[str, Any],
     args: argparse.Namespace,
 ) -> list[dict[str, Any]]:
-    """Write the label map of a scan, unless it is there; return its scores if it has labels.
+    """Write the label map of a scan, unless it exists; return its scores if it has labels.
 
     The scan of a map is recorded before the map is written, and no map is ever overwritten. Raises
     DataError for a scan that cannot be used.

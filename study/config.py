@@ -58,14 +58,11 @@ class Round:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """What a training has reached after a round; by default, before the first one.
-
-    Its best round is the one with the highest validation Dice.
-    """
+    """What a training has reached after a round; by default, before the first one."""
 
     round: int = 0
     weights: Mapping[str, Tensor] | None = None
-    best_round: int = 0
+    best_round: int = 0  # the one with the highest validation Dice
     best_dice: float = -math.inf
     best_weights: Mapping[str, Tensor] | None = None
     history: tuple[Round, ...] = ()

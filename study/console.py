@@ -1,4 +1,4 @@
-"""What a person sees: what a run is, how far it is, and the line that says what ended it."""
+"""What the user sees: what a run is, how far it is, and the line that says what ended it."""
 
 import contextlib
 import dataclasses
@@ -85,7 +85,7 @@ class Progress(contextlib.AbstractContextManager):
         self.bar.set_description_str(f"{self.name}, {self.place}".replace(" of ", "/"))
 
     def show_round(self, done: Round) -> None:
-        """Show loss and validation Dice of a round, beside the bar or in a line of its own."""
+        """Show loss and validation Dice of a round, beside the bar or on its own line."""
         dices = [f"{m.upper()} {dice:.2f}" for m, dice in done.val_dice.items()]
         self.bar.set_postfix_str(", ".join(dices))  # in 100 columns
         if not self.on_terminal:
@@ -94,7 +94,7 @@ class Progress(contextlib.AbstractContextManager):
             print(f"{self.name}, {self.place}: {figures}; {self.bar}", file=sys.stderr)
 
     def show_choice(self, reached: Checkpoint) -> None:
-        """Say whose round's weights are kept at the end of a training."""
+        """Say which round's weights are kept at the end of a training."""
         kept = f"the weights of round {reached.best_round}, validation Dice {reached.best_dice:.2f}"
         if math.isnan(reached.best_dice):
             kept = "no validation case holds an organ; the last weights"
@@ -117,7 +117,7 @@ class Progress(contextlib.AbstractContextManager):
 
 @contextlib.contextmanager
 def attempt(name: str, failed: list[str]) -> Iterator[None]:
-    """Do a part of the work; if it fails foreseeably, print and note why, and go on."""
+    """Do a part of the work; if it fails in a foreseen way, print and record why, and continue."""
     try:
         yield
     except Exception as error:
@@ -145,7 +145,7 @@ def describe(config: Config, device: torch.device) -> str:
 def describe_hospitals(
     by_seed: Mapping[int, Sequence[Hospital]], chosen: Mapping[Training, Mapping[str, Sequence]]
 ) -> str:
-    """Who holds, and who trains on how many cases; chosen: {training: {hospital: its cases}}."""
+    """Who holds and who trains on how many cases; chosen: {training: {hospital: its cases}}."""
     lines = [
         f"{h.name}: {len(h.train)} cases to train, {len(h.val)} to validate, {len(h.test)} to test"
         for hospitals in by_seed.values()
@@ -154,7 +154,7 @@ def describe_hospitals(
     for training, by_hospital in chosen.items():
         numbers = ", ".join(f"{name} {len(cases)}" for name, cases in by_hospital.items())
         lines.append(f"{training.label + ':':27} training cases: {numbers}")
-    return "\n".join(dict.fromkeys(lines))  # seeds have the same
+    return "\n".join(dict.fromkeys(lines))  # once for all seeds
 
 
 def is_foreseen(error: BaseException) -> bool:
@@ -163,7 +163,7 @@ def is_foreseen(error: BaseException) -> bool:
 
 
 def explain(error: BaseException) -> str:
-    """An error in a line, behind the notes that say where it was."""
+    """An error in one line, after the notes that say where it was."""
     notes = [f"{note}: " for note in reversed(getattr(error, "__notes__", []))]
     return "".join([*notes, str(error)])
 
@@ -175,7 +175,7 @@ def run_command(name: str, work: Callable[[], int | None], hint: str = "") -> in
     bug, which keeps its traceback. hint: how to continue.
     """
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):  # a shell's & has SIGINT ignored
+        for number in (signal.SIGINT, signal.SIGTERM):  # a shell's & makes Python ignore SIGINT
             signal.signal(number, signal.default_int_handler)
     try:
         return work() or 0
@@ -193,7 +193,7 @@ def run_command(name: str, work: Callable[[], int | None], hint: str = "") -> in
 
 
 def use_any_characters() -> None:
-    """Let the streams print what a terminal cannot show, names of files that are no UTF-8 too."""
+    """Let the streams print what a terminal cannot show, such as file names that are not UTF-8."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -17,9 +17,9 @@ from scans.layouts import SPLITS, Case, find_cases, split_cases
 from scans.organs import check_organs
 from study.config import Config
 
-PHANTOM_SPLITS = {"train": range(12), "val": range(12, 16), "test": range(16, 24)}  # a modality
-VAL_CASES = 8  # of a hospital, at most, that a round is validated on
-FEW = 3  # validation cases of a modality; the best round of fewer is chance
+PHANTOM_SPLITS = {"train": range(12), "val": range(12, 16), "test": range(16, 24)}  # per modality
+VAL_CASES = 8  # per hospital, at most, to validate a round on
+FEW = 3  # validation cases of a modality; with fewer, chance chooses the best round
 Parts = Mapping[str, Sequence[PreparedCase]]  # by split
 
 
@@ -46,10 +46,9 @@ def load_hospitals(
 ) -> tuple[dict[int, list[Hospital]], list[str]]:
     """All hospitals by seed, MRI first and --test last; and what to tell the user about the data.
 
-    Every scan is read here, once. Raises DataError for folders that do not fit together, for cases
-    that cannot be used, and where no training case has a needed modality; problems that names of
-    files show are raised before any scan is read. all_sites_local=False allows organs that only
-    other hospitals label.
+    Every scan is read here, once. Raises DataError for folders that do not fit together, unusable
+    cases, and if no training case has a needed modality; problems that file names show are raised
+    before any scan is read. all_sites_local=False allows organs that only other hospitals label.
     """
     sources = find_sources(config)
     check_modalities(needed, {source.modality for source in sources})
@@ -98,7 +97,7 @@ def check_modalities(needed: Iterable[str], held: Collection[str]) -> None:
 def find_sources(config: Config) -> list[Source]:
     """What the config names, with the cases of its folders; no scan is opened yet.
 
-    Raises DataError for a folder without cases, a scan in two of them, and hospitals of one name.
+    Raises DataError for a folder without cases, a scan in two of them, and hospitals with one name.
     """
     named = [(folder, "mri") for folder in config.mri]
     named += [(folder, "ct") for folder in config.ct]
@@ -144,7 +143,7 @@ def split_prepared(
 
 
 def split_into_sites(source: Source, parts: Parts) -> list[Hospital]:
-    """Divide the cases of a source among its hospitals; one that is only tested on stays whole."""
+    """Divide the cases of a source among its hospitals; a test source has only one."""
     n_sites, n_train = len(source.sites), len(parts["train"])
     if n_sites > 1 and n_train < n_sites:
         raise DataError(f"--sites {n_sites}: {source.folder} has {n_train} training cases, too few")
@@ -250,7 +249,7 @@ def warn_of_copies(images: Iterable[tuple[Path, int, bool]]) -> list[str]:
 
 
 def warn_of_few(hospitals: Sequence[Hospital], modalities: Iterable[str]) -> list[str]:
-    """Warnings of what so few cases cannot tell: the best round of a modality, or anything."""
+    """Warnings of too few cases: to choose a modality's best round, or to test at all."""
     warnings = []
     for modality in modalities:
         if sum(len(h.val) for h in hospitals if h.modality == modality) < FEW:

@@ -12,7 +12,7 @@
         scores.json        testing.json, renamed after the last case: the training is finished
         lock               held by the process that works on it
 
-Nothing is removed or merged: whatever is missing is still to be done. Files are whole or absent.
+A missing file means that the step has not been done. Files are whole or absent.
 """
 
 import contextlib
@@ -87,7 +87,7 @@ class TrainingFolder:
         self._write_history(checkpoint)
 
     def keep_model(self, checkpoint: Checkpoint) -> None:
-        """Write the best weights of a training that is through, and the settings they need."""
+        """Write the best weights of a training after its last round, and the settings they need."""
         model = {name: getattr(self.config, name) for name in OF_MODELS}
         model["normalization"] = {**NORMALIZATION, "ct": self.config.ct_window}
         model["phantoms"] = self.config.on_phantoms
@@ -116,7 +116,7 @@ class TrainingFolder:
             return list(csv.DictReader(io.StringIO(text, newline="")))
 
     def scores(self) -> list[dict[str, Any]]:
-        """Of the test cases so far, a row an organ, the organs of a case one after another."""
+        """Of the test cases so far, one row per organ, the organs of a case in a row."""
         path = self.path / ("scores.json" if self.is_finished() else "testing.json")
         return files.read_json(path)["scores"] if path.exists() else []
 
@@ -170,7 +170,7 @@ class RunFolder:
     def open(self, by_seed: Mapping[int, Iterable[Hospital]]) -> None:
         """Write the settings and which case is where, or compare them with what is there."""
         with files.lock(self.out / "lock", wait=True):
-            self.begun()  # what does not belong here is told before anything is trained
+            self.begun()  # what does not belong here is reported before training
             files.claim(self.out / "config.json", self.settings)
             for seed, hospitals in by_seed.items():
                 now = record(hospitals)
@@ -189,7 +189,7 @@ class RunFolder:
     def hold(self, folder: TrainingFolder) -> Iterator[bool]:
         """Hold the folder of a training; yield False if another process holds or has finished it.
 
-        After a training the tables are written anew.
+        After a training the tables are rewritten.
         """
         with files.lock(folder.path / "lock") as free:
             if not free:
@@ -262,7 +262,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def remarks(done: Iterable[TrainingFolder]) -> list[str]:
-    """A note for each thing in which finished trainings began in different environments."""
+    """A note for each difference between the environments of finished trainings."""
     notes, environments = [], [folder.metadata()["environment"] for folder in done]
     for key in dict.fromkeys(key for each in environments for key in each):
         values = sorted({str(each[key]) for each in environments if key in each})

@@ -262,9 +262,9 @@ def mri_folder(tmp_path_factory):
 
 
 def pytest_configure(config):
-    """Let nothing but `pytest -m cuda` see a GPU: other tests demand equal bits, as of a CPU.
+    """Let only `pytest -m cuda` see a GPU: other tests demand equal bits, which a CPU gives.
 
-    PyTorch has not looked for GPUs by now.
+    PyTorch has not looked for GPUs yet.
     """
     if not re.search(r"(?<!not )\bcuda\b", config.option.markexpr):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""

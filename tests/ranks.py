@@ -130,7 +130,7 @@ for line in sys.stdin:
 
 
 class Rank:
-    """A rank in a folder of its own, with its own scans alone."""
+    """A rank in a folder of its own, with only its own scans."""
 
     def __init__(self, folder, pid, wait):
         self.folder, self.out, self.pid, self.wait = folder, folder / "out", pid, wait

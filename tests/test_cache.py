@@ -92,7 +92,7 @@ def members(content, cuts):
 
 @pytest.mark.parametrize("last", [0, 100, 4096])
 def test_a_gz_of_several_members_is_known_by_all_of_them(last, mri):
-    """As bgzip and cat write them; the trailer at the end speaks of the last member alone."""
+    """As bgzip and cat write them; the trailer at the end describes only the last member."""
     [case] = mri
     content = bytearray(gzip.decompress(case.image.read_bytes()))
     cuts, names = [0, 50000, len(content) - last, len(content)], set()

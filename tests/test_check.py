@@ -1,4 +1,4 @@
-"""scripts.check as a user meets it: every problem of some folders, and what they hold."""
+"""scripts.check as a user meets it: every problem in folders of scans, and what they hold."""
 
 import os
 import shutil
@@ -124,7 +124,7 @@ def test_it_sums_up_what_a_folder_holds(tmp_path, said):
 
 
 def test_it_looks_at_the_organs_that_are_asked_for(tmp_path, said):
-    """A folder that labels none of them is no usable one, whatever else it labels."""
+    """A folder that labels none of them is not usable, whatever else it labels."""
     scan = make_phantom(1, "ct", 0)[0]
     save(tmp_path / "s0000/ct.nii.gz", scan)
     save(tmp_path / "s0000/segmentations/aorta.nii.gz", (scan > 40).astype(np.uint8))

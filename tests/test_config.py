@@ -59,7 +59,7 @@ def test_results_and_cache_lie_in_runs_unless_told_otherwise():
 
 
 def test_a_config_is_made_again_from_its_own_values():
-    """As dataclasses.replace does; ratios are of the limited scenario alone."""
+    """As dataclasses.replace does; ratios are only for the limited scenario."""
     for config in (Config(), Config(scenario="complete"), Config(**SCANS, mri_cases=3)):
         assert dataclasses.replace(config) == Config(**dataclasses.asdict(config)) == config
         limited = config.scenario == "limited"

@@ -190,7 +190,7 @@ def test_the_next_batch_is_drawn_while_this_one_is_in_use():
 
 @pytest.mark.parametrize("pin", [False, True])
 def test_prefetching_changes_nothing_and_pins_every_part_if_wanted(pin, monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda part: part + 1)  # as no GPU may be here
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda part: part + 1)  # pinning needs a GPU
     batches = [(torch.zeros(2), torch.ones(3)), (torch.full((1,), 4), torch.full((1,), 6))]
     for plain, early in zip(batches, prefetch(iter(batches), pin), strict=True):
         assert all(torch.equal(a + pin, b) for a, b in zip(plain, early, strict=True))

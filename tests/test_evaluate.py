@@ -179,7 +179,7 @@ def test_metrics_agree_with_monai_on_odd_masks():
 
 
 def surface(mask, spacing):
-    """Where in mm the voxels lie of which a face neighbour is outside, looked at one by one."""
+    """Where in mm the voxels with a face neighbour outside lie, looked at one by one."""
     padded, steps = np.pad(mask, 1), np.eye(mask.ndim, dtype=int)
     steps = [*steps, *-steps]
     at = [v for v in np.argwhere(padded) if not all(padded[tuple(v + step)] for step in steps)]
@@ -241,7 +241,7 @@ def test_a_case_is_scored_as_its_organs_are_by_themselves(monkeypatch):
     monkeypatch.setattr(ndimage, "find_objects", counted)
     assert score_case(*maps, "abcde", spacing) == whole
     assert whole["b"]["outcome"] == "missed"
-    assert looks.count(maps[0].size) == 2  # one look at each label map, not one an organ
+    assert looks.count(maps[0].size) == 2  # one pass over each label map, not one per organ
 
 
 def test_scores_of_a_case_by_hand():

@@ -26,7 +26,7 @@ def weighted_average(pairs):
 
 
 def test_unequal_n_k_by_hand():
-    """As it is after each hospital, as more can be added after a result."""
+    """After each hospital, because more can be added after a result."""
     average, found = RunningAverage(), []
     for n_k, w, b in ((1, [1.0, 2.0], 10), (3, [5.0, 0.0], 2), (4, [0.0, 3.5], 5)):
         average.add({"w": torch.tensor(w), "b": torch.tensor(b)}, n_k)
@@ -57,7 +57,7 @@ def test_dtypes_are_kept_and_integers_rounded(of_one, of_three, mean):
 
 
 def test_accumulates_in_float64():
-    """2^24 + 1 is no float32, so a float32 sum of these loses the small ones."""
+    """2^24 + 1 is not a float32, so a float32 sum of these loses the small ones."""
     pairs = [({"w": torch.tensor([2.0**24])}, 1)] + [({"w": torch.tensor([1.0])}, 1)] * 15
     assert weighted_average(pairs)["w"].item() == torch.tensor((2.0**24 + 15) / 16).item()
 
@@ -223,7 +223,7 @@ def test_each_hospital_starts_from_the_global_weights_in_order():
 
 
 def test_a_model_goes_on_after_the_rounds_that_it_went_through():
-    """4 rounds in a row, and 4 of which the last two come later, in another model: the same."""
+    """4 rounds in a row equal 2 rounds and 2 later ones in another model."""
     through, first, later = small_model(), small_model(), small_model()
     clients = {
         k: Client(n, lambda round_, n=n: some_batches(2, seed=10 * round_ + n), F.mse_loss)

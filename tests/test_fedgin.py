@@ -115,7 +115,7 @@ def test_a_run_leaves_what_it_promises(phantom_run):
     assert about["training"] == {"seed": 2, "arm": "fedgin", "ratio": "1:1", "p": 1.0}
     assert about["cases"] == {"mri": 2, "ct": 2}
     scores = rows_of(phantom_run / "scores.csv")
-    # arms, seeds, modalities, test cases of hospitals and of another scanner, organs
+    # arms, seeds, modalities, test cases of hospitals and of the unseen scanner, organs
     assert len(scores) == 3 * 2 * 2 * (8 + 8) * 5
     found = {(row["arm"], row["ratio"], row["p"]) for row in scores}
     assert found == {("mri-only", "", ""), ("fedgin", "1:1", "1.0"), ("fedgin", "all", "1.0")}
@@ -214,7 +214,7 @@ def quick(monkeypatch):
 
 @pytest.fixture
 def few(monkeypatch):
-    """Phantoms of which a hospital validates and tests on one."""
+    """Phantoms; each hospital validates on one and tests on one."""
     splits = {"train": range(12), "val": range(12, 13), "test": range(16, 17)}
     monkeypatch.setattr(study.hospitals, "PHANTOM_SPLITS", splits)
 
@@ -285,7 +285,7 @@ def test_a_finished_run_prints_its_tables_and_reads_no_scan(
 
 
 def test_a_training_that_fails_is_named_and_the_next_is_taken(tmp_path, quick, few, capsys):
-    """Of three one diverges in its second round: no other is the worse for it."""
+    """One of three diverges in its second round, which does not affect the others."""
     args = ["--arms", "mri-only", "fl", "fedgin", "--rounds", 2, "--out"]
     assert command(*args, tmp_path / "calm") == 0
     quick.rates.clear()
@@ -348,7 +348,7 @@ def test_a_stop_while_testing_does_not_begin_the_test_again(tmp_path, quick, mon
     assert command(*args, tmp_path / "out") == 0
     assert quick.rates == []
     assert "mri-only, seed 42 after round 2" in capsys.readouterr().out.splitlines()[0]
-    assert len(scored) == 20 + (8 + 8 + 16) - 10  # test cases of mri, ct and the other scanner
+    assert len(scored) == 20 + (8 + 8 + 16) - 10  # test cases of mri, ct and the unseen scanner
     assert_same(outcome(tmp_path / "calm"), outcome(tmp_path / "out"))
 
 
@@ -414,7 +414,7 @@ def test_probabilities_that_differ_in_their_last_digits_are_two_trainings(tmp_pa
 
 @pytest.mark.slow
 def test_two_processes_share_the_trainings_of_a_run(tmp_path):
-    """Each round of each training and each of its test cases is one process's."""
+    """Each round and each test case of a training is done by one process only."""
     args = [*flags("--patch", 16), "--arms", "mri-only", "fl", "fedgin", "--seeds", 1, 2, "--out"]
     with Forks(tmp_path) as forks:
         assert forks.start(*args, tmp_path / "calm").end()[0] == 0
@@ -436,7 +436,7 @@ def test_two_processes_share_the_trainings_of_a_run(tmp_path):
 def test_what_could_not_run_is_refused_before_a_scan_is_read(
     tmp_path, ct_folder, mri_folder, capsys
 ):
-    """The folders' scans cannot be read at all, and yet another thing is complained of."""
+    """The folders' scans cannot be read at all, yet the message is about something else."""
     for folder in (ct_folder, mri_folder):
         shutil.copytree(folder, tmp_path / folder.name)
     for path in tmp_path.rglob("*.nii.gz"):
@@ -652,7 +652,7 @@ def test_batches_are_patches_of_the_cases_on_the_device():
         assert (images.shape, images.dtype) == ((3, 1, 16, 16, 16), torch.float32)
         assert (labels.shape, labels.dtype) == ((3, 16, 16, 16), torch.uint8)
         assert labelled is None  # every organ of every image is
-    whole = draw_batches(cases=cases)  # phantoms have 32 voxels, as a patch
+    whole = draw_batches(cases=cases)  # phantoms have 32 voxels, like a patch
     for images, (labels, _) in whole:
         for image, label in zip(images, labels, strict=True):
             [volume] = [v for v in volumes(cases) if np.array_equal(v.image, image[0])]
@@ -847,7 +847,7 @@ def small_case(labels, labelled, modality="mri", image=None):
 
 
 def test_class_weights_and_loss_by_hand():
-    """Weights 1 / √share, cross-entropy normalized by them, soft Dice of the organs alone."""
+    """Weights 1 / √share, cross-entropy normalized by them, soft Dice of only the organs."""
     labels = np.zeros((2, 2, 4), np.uint8)
     labels[0, 0] = 1  # a share of 4 in 16
     settings = config("--organs", "liver", "--scenario", "complete")
@@ -1141,7 +1141,7 @@ def test_a_diverging_run_ends_with_exit_code_1(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_bug_ends_the_program_with_its_traceback_and_notes(tmp_path):
-    """As somebody sees it who has changed a line of the method, here of the loss."""
+    """As after a change to a line of the method, here of the loss."""
     changed = "import sys, fedgin; fedgin.segmentation_loss = lambda logits, targets, weight: "
     changed += "logits.no_such_method(); sys.exit(fedgin.main(sys.argv[1:]))"
     args = [*flags(), "--arms", "mri-only", "fl", "--out", str(tmp_path / "out")]
@@ -1262,7 +1262,7 @@ def test_a_scan_that_is_gone_when_it_is_tested(scans, tmp_path, monkeypatch, cap
             path.write_bytes(content)
 
     def repair():
-        """As it is told: the entries are made again, for which the scans must be well."""
+        """As the message says: the entries are made again, for which the scans must be intact."""
         for path in list((tmp_path / "cache").rglob("target.npz")):
             shutil.rmtree(path.parent)
         where = ["--out", tmp_path / "out", "--cache", tmp_path / "cache"]

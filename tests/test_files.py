@@ -223,7 +223,7 @@ def test_a_file_system_without_locks_is_told_of_and_used(code, wait, tmp_path, m
     with lock(tmp_path / "lock", wait) as first, lock(tmp_path / "lock", wait) as second:
         assert first is second is True
     said = f"{tmp_path}: locks do not work here; let no other process use it\n"
-    assert capsys.readouterr() == ("", said)  # once a folder
+    assert capsys.readouterr() == ("", said)  # once per folder
 
 
 # ----------------------------------------------------------------------------------------- reading

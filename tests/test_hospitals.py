@@ -313,7 +313,7 @@ def test_a_round_is_validated_on_a_few_cases_that_hold_every_organ():
 
 
 def test_who_validates():
-    """All of few cases, training cases where there are none; not who takes no part."""
+    """All if they are few, training cases if there are none; only hospitals that take part."""
     ct = held_by((1,), (2,), ())
     mri, tested = ct._replace(modality="mri", val=ct.val[1:]), ct._replace(modality="")
     everyone = [mri, ct, tested]

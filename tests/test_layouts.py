@@ -47,7 +47,7 @@ def test_each_layout_is_told_from_what_the_folder_holds(layout, modality, tmp_pa
     assert [case.modality for case in cases] == [modality] * 2
     assert [case.folder for case in cases] == [str(tmp_path)] * 2
     assert find_cases(tmp_path, modality) == find_cases(tmp_path, layout=layout) == cases
-    for path in list(tmp_path.rglob("*")):  # what macOS leaves is no case
+    for path in list(tmp_path.rglob("*")):  # what macOS leaves is not a case
         if path.is_file():
             (path.parent / f"._{path.name}").write_bytes(b"junk")
     (tmp_path / ".DS_Store").write_bytes(b"junk")

@@ -1,4 +1,4 @@
-"""What a machine has left, how many jobs run at once, and what wanting memory looks like."""
+"""What a machine has left, how many jobs run at once, and what a lack of memory looks like."""
 
 import math
 import threading

@@ -1,4 +1,4 @@
-"""Ranks, a hospital each: the weights of one process, and how failures end."""
+"""Ranks, one per hospital: the weights of one process, and how failures end."""
 
 import csv
 import functools
@@ -381,7 +381,7 @@ def test_a_rank_that_dies_at_the_end_has_its_results_when_it_goes_on(name, start
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BOTH)
 def test_a_rank_that_lost_its_folder_goes_on_with_the_others(name, start, one_process):
-    """In the last of three rounds, none of which a history holds twice; then when all is done."""
+    """In the last of three rounds, and when all is done; no history holds a round twice."""
     expected = one_process("north", "west")
     stop = "before(multisite, 'train_locally', lambda: fail(OSError('no disk')), call=3)"
     assert_end(start(patches={"west": stop}), 1)

@@ -144,7 +144,7 @@ def test_a_header_is_read_as_nibabel_mends_it(pixdim, codes, tmp_path, capsys):
     nibabel.save(file, path)
     set_header(pixdim=[*pixdim, 0, 0, 0, 0])(path)
     scan = read_nifti(path)
-    assert capsys.readouterr() == ("", "")  # nibabel would say so, and not of which file
+    assert capsys.readouterr() == ("", "")  # nibabel would say so without naming the file
     expected = nibabel.as_closest_canonical(nibabel.load(path))
     np.testing.assert_allclose(expected.affine, affine, atol=1e-5)
     np.testing.assert_array_equal(scan.voxels, volume())
@@ -155,7 +155,7 @@ def test_a_header_is_read_as_nibabel_mends_it(pixdim, codes, tmp_path, capsys):
 
 
 def test_nibabels_own_warnings_are_not_shown_without_a_name(tmp_path, capsys, recwarn):
-    """Of an extension whose size is no multiple of 16, and of a slope that overflows."""
+    """Of an extension whose size is not a multiple of 16, and of a slope that overflows."""
     save(tmp_path / "scan.nii", volume(), np.diag([2.0, 4.0, 8.0, 1.0]))
     content = bytearray((tmp_path / "scan.nii").read_bytes())
     extension = np.array([1, 30, 6], "<i4").tobytes() + bytes(30 - 8)  # its flag, size and code

@@ -58,7 +58,7 @@ def test_all_ranks_end_with_the_reason_of_one_that_fails(error, reason, capsys):
 
 
 def test_a_rank_that_is_stopped_in_a_call_closes_its_links_at_once():
-    """It says nothing, as the others would take that for its part of the call."""
+    """It says nothing, because the others would take that for its part of the call."""
 
     def act(peers):
         if peers.rank == 0:

@@ -30,7 +30,7 @@ def smooth_noise(rng, n, sigma):
 
 
 def anatomy(rng):
-    """Each voxel a row: which tissue is painted on it last."""
+    """One row per voxel: which tissue is painted on it last."""
     points = (2 * np.argwhere(np.ones((SIZE,) * 3)) + 1) / SIZE - 1
     points = Rotation.from_euler("xyz", rng.normal(0, 5, 3), degrees=True).apply(points)
     points = points * rng.normal(1, 0.04, 3)
@@ -101,7 +101,7 @@ def test_the_phantoms_of_docs_results_stay_what_they_are_to_the_bit(case, digest
     assert SIZE * SPACING == 288  # mm
 
 
-def test_the_contrast_of_the_other_ct_is_that_of_its_sources():
+def test_the_contrast_of_the_unseen_ct_is_that_of_its_sources():
     """HU copied from the sources beside TISSUES: native, and what is gained over it."""
     arterial, delayed = (dict(zip(NAMES, hu - NATIVE, strict=True)) for hu in (ARTERIAL, DELAYED))
     assert NATIVE[NAMES.index("liver")] == 56

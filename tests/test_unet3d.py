@@ -49,7 +49,7 @@ def by_hand(model, x):
 )
 @pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last_3d])
 def test_equals_a_forward_pass_by_hand(depth, size, form):
-    """In training and in eval mode, as nothing but parameters is kept."""
+    """In training and in eval mode, because it keeps only parameters."""
     model = randomized(UNet3D(in_channels=2, out_channels=3, width=4, depth=depth)).double()
     x = torch.randn(2, 2, *size, dtype=torch.float64)
     expected = by_hand(model, x)

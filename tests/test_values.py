@@ -288,7 +288,7 @@ def test_an_organ_of_a_ct_that_lies_in_air_is_named(modality, named, tmp_path):
     corner[:3, :3, :3] = 1
 
     def move(labels):
-        """The spleen and the aorta, which is none of the five, to where air is."""
+        """The spleen and the aorta, which is not one of the five, to where air is."""
         labels[labels == 1] = 0
         labels[:3, :3, :3], labels[:2, :3, :3] = 1, 8
         return labels
