@@ -9,6 +9,7 @@ import shutil
 import textwrap
 from pathlib import Path
 
+import monai.data
 import monai.transforms
 import numpy as np
 import pytest
@@ -104,10 +105,19 @@ def test_readmes_snippets_for_a_data_loader_and_monai():
         assert not torch.allclose(images, before)
     names = {"load": monai.transforms.Identityd("image")}
     exec(for_monai, names)
-    case = {"image": torch.randn(1, 8, 8, 8), "label": torch.ones(1, 8, 8, 8)}
-    redrawn = names["transform"](case)
-    assert not torch.allclose(redrawn["image"], case["image"])
-    assert redrawn["label"] is case["label"]
+    plain, affine = torch.randn(1, 8, 8, 8), torch.diag(torch.tensor([2.0, 3.0, 4.0, 1.0]))
+    loaded = monai.data.MetaTensor(plain, affine=affine, meta={"name": "s1"})  # as LoadImaged gives
+    for image in (plain, loaded):
+        case = {"image": image.clone(), "label": torch.ones(1, 8, 8, 8)}
+        torch.manual_seed(5)
+        redrawn = names["transform"](case)
+        torch.manual_seed(5)
+        assert torch.equal(torch.as_tensor(redrawn["image"]), gin.gin(plain[None])[0])
+        assert torch.equal(case["image"], image)
+        assert redrawn["label"] is case["label"]
+    assert not torch.allclose(redrawn["image"], loaded)
+    assert torch.equal(redrawn["image"].affine, affine.double())
+    assert redrawn["image"].meta["name"] == "s1"
 
 
 def test_a_slice_is_seen_from_the_feet():
