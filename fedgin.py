@@ -45,7 +45,7 @@ class Arm(NamedTuple):
     """A way to train; all arms of a seed start from the same weights, and hospitals draw alike."""
 
     modalities: tuple[str, ...]  # whose hospitals take part
-    pooled: bool = False  # centralized: all cases in one place, instead of federated averaging
+    centralized: bool = False  # all cases in one place, instead of federated averaging
     gin: bool = False  # whether GIN redraws each image with probability p
 
 
@@ -54,10 +54,10 @@ ARMS = {
     "ct-only": Arm(("ct",)),
     "fl": Arm(("mri", "ct")),
     "fedgin": Arm(("mri", "ct"), gin=True),
-    "centralized": Arm(("mri", "ct"), pooled=True),
+    "centralized": Arm(("mri", "ct"), centralized=True),
     "mri-only+gin": Arm(("mri",), gin=True),
     "ct-only+gin": Arm(("ct",), gin=True),
-    "centralized+gin": Arm(("mri", "ct"), pooled=True, gin=True),
+    "centralized+gin": Arm(("mri", "ct"), centralized=True, gin=True),
 }
 SCENARIOS = {  # the arms that run without --arms
     "limited": ("mri-only", "fl", "fedgin"),
@@ -118,7 +118,7 @@ def make_clients(
     A centralized arm has one client, "pooled", with all cases and as many batches as all hospitals.
     """
     chosen, steps = choose_cases(config, training, everyone), config.local_steps
-    if ARMS[training.arm].pooled:
+    if ARMS[training.arm].centralized:
         steps *= len(chosen)
         chosen = {"pooled": [case for cases in chosen.values() for case in cases]}
     return {

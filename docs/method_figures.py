@@ -225,13 +225,13 @@ def arms():
             colour = MODALITY_COLOURS[modality] if takes_part else "0.95"
             box(axis, x, 0.8, modality.upper(), colour, alpha=1 if takes_part else 0.4)
             if takes_part:
-                to = 5 if arm.pooled else x
+                to = 5 if arm.centralized else x
                 arrow(axis, (x, 1.35), (to, 2.9), style="-")
                 arrow(axis, (to, 2.9), (to, 5.35))
-                box(axis, to, 5.9, "train", "white" if arm.pooled else colour)
+                box(axis, to, 5.9, "train", "white" if arm.centralized else colour)
                 if arm.gin:
                     box(axis, to, 3.4, "GIN (p)", fontweight="bold")
-                if len(arm.modalities) > 1 and not arm.pooled:
+                if len(arm.modalities) > 1 and not arm.centralized:
                     arrow(axis, (x, 6.7), (5, 7.9), style="<->")
                     box(axis, 5, 8.5, "server")
     figure.supxlabel("also: centralized, mri-only+gin, ct-only+gin", fontsize=9)
