@@ -168,6 +168,16 @@ def test_the_tables_of_real_scans_are_made_from_their_scores():
     assert len(scores) == 7 * 3 * (10 + 16) * len(organs)  # trainings, seeds, test cases, organs
     for table in tables.screen(scores, organs).split("\n\n"):
         assert table in results
+    for modality, words in (("mri", "ahead of `fl` on MRI by"), ("ct", "behind it on CT by")):
+        by_seed = [[s for s in scores if s["seed"] == seed] for seed in (1, 2, 3)]
+        pairs = [
+            (figures.of_arm(s, "fedgin", 0.25, "1:5"), figures.of_arm(s, "fl", None, "1:5"))
+            for s in by_seed
+        ]
+        first, second, third = (
+            f"{abs(tables.paired_difference(*pair, modality)[1]):.3f}" for pair in pairs
+        )
+        assert f"{words} {first}, {second} and {third}" in " ".join(results.split())
 
 
 def test_a_study_of_your_own_is_laid_out_as_the_page_says(tmp_path, monkeypatch, capsys):
