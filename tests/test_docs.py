@@ -93,29 +93,39 @@ def test_one_version_is_named_everywhere():
     assert latest == f"{version} ({date})"
 
 
-def test_readmes_snippets_for_a_data_loader_and_monai():
-    for_loader, for_monai = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    for snippet in (for_loader, for_monai):
-        assert len([line for line in snippet.splitlines() if line]) <= 3
-    loader = DataLoader(TensorDataset(torch.randn(4, 1, 8, 8, 8), torch.zeros(4)), batch_size=2)
+def test_readmes_snippet_for_a_data_loader_redraws_a_quarter_of_the_images():
+    snippet, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len([line for line in snippet.splitlines() if line]) <= 4
+    loader = DataLoader(TensorDataset(torch.randn(80, 1, 8, 8, 8), torch.zeros(80)), batch_size=4)
     seen = []
-    exec(for_loader, {"loader": loader, "step": lambda images, labels: seen.append(images)})
-    for images, (before, _) in zip(seen, loader, strict=True):
-        assert images.shape == before.shape
-        assert not torch.allclose(images, before)
+    torch.manual_seed(1)
+    exec(snippet, {"loader": loader, "step": lambda images, labels: seen.append(images)})
+    before = torch.cat([images for images, _ in loader])
+    assert 10 <= (torch.cat(seen) != before).flatten(1).any(1).sum() <= 30
+
+
+def test_readmes_snippet_for_monai_redraws_a_quarter_of_the_images():
+    _, snippet = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len([line for line in snippet.splitlines() if line]) <= 3
     names = {"load": monai.transforms.Identityd("image")}
-    exec(for_monai, names)
+    exec(snippet, names)
+    transform = names["transform"].set_random_state(1)
     plain, affine = torch.randn(1, 8, 8, 8), torch.diag(torch.tensor([2.0, 3.0, 4.0, 1.0]))
     loaded = monai.data.MetaTensor(plain, affine=affine, meta={"name": "s1"})  # as LoadImaged gives
+    torch.manual_seed(5)
+    expected = gin.gin(plain[None])[0]
     for image in (plain, loaded):
-        case = {"image": image.clone(), "label": torch.ones(1, 8, 8, 8)}
-        torch.manual_seed(5)
-        redrawn = names["transform"](case)
-        torch.manual_seed(5)
-        assert torch.equal(torch.as_tensor(redrawn["image"]), gin.gin(plain[None])[0])
-        assert torch.equal(case["image"], image)
-        assert redrawn["label"] is case["label"]
-    assert not torch.allclose(redrawn["image"], loaded)
+        changed = 0
+        for _ in range(80):
+            case = {"image": image.clone(), "label": torch.ones(1, 8, 8, 8)}
+            torch.manual_seed(5)
+            redrawn = transform(case)
+            found = torch.as_tensor(redrawn["image"])
+            changed += not torch.equal(found, plain)
+            assert torch.equal(found, plain) or torch.equal(found, expected)
+            assert torch.equal(case["image"], image)
+            assert redrawn["label"] is case["label"]
+        assert 10 <= changed <= 30
     assert torch.equal(redrawn["image"].affine, affine.double())
     assert redrawn["image"].meta["name"] == "s1"
 
