@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add, text = parser.add_argument, f"organs to check (default: {' '.join(ORGANS)})"
     add("folders", nargs="+", metavar="DIR", help="a hospital's folder")
     add("--organs", nargs="+", action="extend", metavar="ORGAN", help=text)
-    add("--layout", choices=LAYOUTS, help="layout of the folders, if one looks like two")
+    add("--layout", choices=LAYOUTS, help="layout, needed if a folder matches two")
     add("--modality", choices=MODALITIES, help="modality of scans whose names do not show it")
     args = parser.parse_args(argv)
     return run_command("check", lambda: run(args))

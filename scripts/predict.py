@@ -142,7 +142,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--out", required=True, type=Path, metavar="DIR", help="folder for the label maps")
     text = "needed if file names do not show it; of a folder, only such scans are segmented"
     add("--modality", choices=NORMALIZATION, help=text)
-    add("--layout", choices=LAYOUTS, help="layout of the folders, if one looks like two")
+    add("--layout", choices=LAYOUTS, help="layout, needed if a folder matches two")
     text = "mm within which a surface counts as correct (default: 2)"
     add("--nsd-tolerance", type=float, default=2.0, metavar="X", help=text)
     args = parser.parse_args(argv)

@@ -94,7 +94,7 @@ class Config:
     sites: int = flag(1, "number of hospitals into which each --ct or --mri folder is split")
     organs: tuple[str, ...] = flag(ORGANS, "organs to segment, in any spelling", metavar="ORGAN")
     partial_labels: bool = flag(False, "let each hospital train on the organs that it labels")
-    layout: str = flag("", "layout of the folders, if one looks like two", choices=LAYOUTS)
+    layout: str = flag("", "layout, needed if a folder matches two", choices=LAYOUTS)
     skip_bad: bool = flag(False, "leave out, and list, the cases that cannot be used")
     spacing: float = flag(SPACING, "voxel size in mm to which scans are resampled", scans=2.0)
     ct_window: tuple[float, float] = flag(
