@@ -235,4 +235,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(record_bug(main)())  # for torchrun's summary
+    code = record_bug(main)()  # for torchrun's summary
+    sys.stdout.flush()
+    os._exit(code or 0)  # gloo's threads may abort an interpreter that shuts down (pytorch#179291)

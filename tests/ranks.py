@@ -209,8 +209,8 @@ def start_torchrun(folder, options, patch, flags):
     program = ["-m", "scripts.multisite"]
     if patch:
         program = ["worker.py"]
-        text = f"{TOOLS}\n{patch}\nsys.exit(multisite.record_bug(multisite.main)())"
-        (folder / "worker.py").write_text(text)
+        end = "code = multisite.record_bug(multisite.main)()\nsys.stdout.flush()\nos._exit(code)"
+        (folder / "worker.py").write_text(f"{TOOLS}\n{patch}\n{end}")  # as multisite itself ends
     command = [sys.executable, "-m", "torch.distributed.run", *options, *program, *flags]
     with (folder / "stdout").open("w") as stdout, (folder / "stderr").open("w") as stderr:
         environ = {**os.environ, "PYTHONPATH": str(ROOT)}
