@@ -468,6 +468,13 @@ def test_a_test_folder_that_holds_what_is_trained_on_is_warned_of(
 # ------------------------------------------------------------------------------- who trains on what
 
 
+def test_gin_probability_0_is_fl(tmp_path):
+    args = ["--out", tmp_path, "--rounds", 1, "--arms", "fl", "fedgin", "--gin-probability", 0]
+    assert command(*args) == 0
+    folders = "fl-1-5-seed42", "fedgin-1-5-p0-seed42"
+    assert_equal(*(weights(tmp_path / name / "model.pt") for name in folders))
+
+
 @pytest.mark.parametrize("flag", ["--scenario", "--arms", "--ratios"])
 def test_other_choices_are_refused(flag, capsys):
     with pytest.raises(SystemExit) as end:
@@ -985,6 +992,25 @@ def test_validation_is_the_mean_over_organs_of_the_means_over_cases(halved):
     assert [part.tolist() for part in only_ct] == [[[0, 0, 0]], [[0, 0, 0]]]
 
 
+def test_a_false_positive_does_not_make_an_organ_scorable(monkeypatch):
+    settings = config("--organs", "liver")
+    full, empty = (np.full((4, 4, 4), value, np.uint8) for value in (1, 0))
+    known = [True, True]
+    cases = [
+        small_case(empty, known),
+        small_case(full, known, "ct"),
+        small_case(empty, known, "ct"),
+    ]
+    for prediction in (0, 1):
+        monkeypatch.setattr(
+            fedgin, "segment", lambda *_, p=prediction: np.full((4, 4, 4), p, np.uint8)
+        )
+        sums, counts = fedgin.validate(settings, None, cases, ["mri", "ct"])
+        found = fedgin.mean_dice(sums, counts, ["mri", "ct"])
+        assert math.isnan(found["mri"])
+        assert found["ct"] == prediction
+
+
 def keep_rounds(dices, losses):
     """The checkpoints of a training whose weights are the number of their round."""
     model, checkpoints = nn.Linear(1, 1, bias=False), [Checkpoint()]
@@ -1137,6 +1163,20 @@ def test_a_diverging_run_ends_with_exit_code_1(tmp_path, capsys):
     assert f"FAILED: {failed}" in shown.err
     assert shown.out.splitlines()[-1].startswith(failed)
     assert "; NOT FINISHED: 1 of the trainings" in (tmp_path / "out/results.md").read_text()
+
+
+def test_a_bug_in_the_network_is_not_swallowed(tmp_path, monkeypatch, capsys):
+    def forward(self, x):
+        raise AttributeError("no such layer")
+
+    monkeypatch.setattr(UNet3D, "forward", forward)
+    with pytest.raises(AttributeError, match="no such layer") as caught:
+        command("--arms", "fl", "--out", tmp_path / "out")
+    assert caught.value.__notes__ == ["round 1, hospital mri", "fl 1:5, seed 42"]
+    shown = capsys.readouterr()
+    assert "FAILED" not in shown.err
+    assert "the run failed" not in shown.err
+    assert "Test Dice" not in shown.out
 
 
 @pytest.mark.slow
