@@ -165,9 +165,8 @@ def check_cases(config: Config, everyone: Sequence[Hospital], peers: Peers) -> d
         raise DataError(f"{own.name}: a --test folder has the same name; give another --name")
     labelled = itertools.compress(config.organs, own.train[0].labelled[1:].tolist())
     replies = peers.exchange([own.name, len(own.train), list(labelled)])
-    check_organs(
-        {name: organs for name, _, organs in replies}, config.organs, config.partial_labels
-    )
+    by_name = {name: organs for name, _, organs in replies}
+    check_organs(by_name, config.organs, config.partial_labels)
     return {name: n_k for name, n_k, _ in replies}
 
 

@@ -129,14 +129,15 @@ class TrainingFolder:
         of_case = {**dataclasses.asdict(self.training), "hospital": hospital.name}
         of_case["scanner"] = "seen" if hospital.modality else "unseen"
         of_case |= {"case": case.id, "modality": case.modality}
-        rows = self.scores() + tables.score_rows(of_case, scores)
-        files.write(self.path / "testing.json", files.to_json({"scores": rows}))
+        self._write_scores(self.scores() + tables.score_rows(of_case, scores))
+
+    def _write_scores(self, scores: Sequence[Mapping]) -> None:
+        files.write(self.path / "testing.json", files.to_json({"scores": scores}))
 
     def finish(self, checkpoint: Checkpoint, all_scores: Sequence[Mapping] | None = None) -> None:
         """End a training whose test is done; all_scores: with those of other hospitals."""
         self._write_history(checkpoint)
-        rows = self.scores() if all_scores is None else all_scores
-        files.write(self.path / "testing.json", files.to_json({"scores": rows}))
+        self._write_scores(self.scores() if all_scores is None else all_scores)
         (self.path / "checkpoint.pt").unlink(missing_ok=True)  # if a kill has left it
         (self.path / "testing.json").replace(self.path / "scores.json")
 
