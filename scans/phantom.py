@@ -10,7 +10,7 @@ are no substitute for patients, and a Dice measured on them says nothing about a
 
 Hospitals train on the seen scanner. The unseen one is for testing, like AMOS22 for a network that
 trained on TotalSegmentator; its anatomy has the same distribution. It was set from the literature
-(named in docs/results.md and beside the renderers) before any network had seen it:
+(named in docs/phantoms.md and beside the renderers) before any network had seen it:
 
                                seen                        unseen
     CT contrast phase          portal venous               native, late arterial or delayed
