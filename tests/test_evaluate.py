@@ -186,6 +186,17 @@ def surface(mask, spacing):
     return np.array(at) * spacing
 
 
+@pytest.mark.parametrize("mm", [0.2, 0.4, 0.5, 1.0, 2.0])
+def test_a_surface_at_the_tolerance_counts_although_a_header_rounds_the_voxel_size(mm):
+    """float32 makes 0.2 mm 0.200000003; a cube shifted by the tolerance is within it."""
+    n = round(2 / mm)
+    target = np.zeros((n + 6, 6, 6), dtype=bool)
+    target[1:5, 1:5, 1:5] = True
+    spacing = (float(np.float32(mm)) * (1 + 1e-7), mm, mm)
+    assert nsd(np.roll(target, n, axis=0), target, spacing, 2.0) == 1
+    assert nsd(np.roll(target, n, axis=0), target, spacing, 1.999) < 1
+
+
 def test_distances_by_brute_force():
     rng, spacing = np.random.default_rng(5), np.array([1.0, 0.5, 4.0])
     masks = blob(rng, (9, 10, 6), 0.8), blob(rng, (9, 10, 6), 0.7)
