@@ -18,6 +18,7 @@ from study.config import Training
 METRICS = ("dice", "hd95", "nsd")
 TRAINING = ("seed", "arm", "ratio", "p")
 SCORE = (*TRAINING, "hospital", "scanner", "case", "modality", "organ", "outcome", *METRICS)
+COUNTS = ("scored", "missed", "absent")  # added up over seeds, never averaged
 SCANNERS = ("seen", "unseen")  # scanners of the hospitals that train, and others
 Score = Mapping[str, Any]
 Cell = tuple[float, float]  # a mean and its deviation over seeds
@@ -44,8 +45,8 @@ def summarize(scores: Iterable[Score], organs: Sequence[str]) -> dict[str, dict[
 
     Columns: (metric, modality), the mean over organs of each organ's mean over cases; (organ,
     modality), its Dice; ("scored", modality), organs of cases that are scored, missed ones
-    included, and ("missed", modality), ("absent", modality): counts. The deviation is the sample's,
-    NaN with one seed.
+    included, and ("missed", modality), ("absent", modality): counts, added up over seeds. The
+    deviation is the sample's, NaN with one seed.
     """
     by_label: dict[str, dict[int, list[Score]]] = {}
     for score in scores:
@@ -57,7 +58,8 @@ def summarize(scores: Iterable[Score], organs: Sequence[str]) -> dict[str, dict[
         for column in rows[0]:
             values = [row[column] for row in rows if not math.isnan(row[column])]
             spread = statistics.stdev(values) if len(values) > 1 else math.nan
-            summary.setdefault(label, {})[column] = mean(values), spread
+            number = sum(values) if column[0] in COUNTS else mean(values)
+            summary.setdefault(label, {})[column] = number, spread
     return summary
 
 
@@ -115,7 +117,7 @@ def tables(scores: Sequence[Score], organs: Sequence[str]) -> str:
     surfaces = [["arm", "MRI HD95 mm", "CT HD95 mm", "MRI NSD", "CT NSD"]]
     by_organ = [["MRI / CT Dice", *organs]]
     for label, row in summarize(scores, organs).items():
-        counts = [_pair(row, outcome, 0) for outcome in ("scored", "missed", "absent")]
+        counts = [_pair(row, outcome, 0) for outcome in COUNTS]
         dices.append([label, _cell(row["dice", "mri"]), _cell(row["dice", "ct"]), *counts])
         distances = [_cell(row["hd95", m], 1) for m in ("mri", "ct")]
         surfaces.append([label, *distances, *(_cell(row["nsd", m]) for m in ("mri", "ct"))])

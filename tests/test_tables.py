@@ -59,10 +59,13 @@ def test_means_and_deviations_by_hand():
     assert summary["fl"]["dice", "ct"] == pytest.approx((0.9, math.sqrt(0.02)))
     rows = [cells(line) for line in tables(found, ["liver"]).splitlines()]
     assert rows[0] == ["arm", "MRI Dice", "CT Dice", "scored MRI / CT", "missed", "absent"]
-    assert rows[2] == ["fl", "0.400 ± 0.283", "0.900 ± 0.141", "1 / 1", "0 / 0", "0 / 0"]
+    assert rows[2] == ["fl", "0.400 ± 0.283", "0.900 ± 0.141", "2 / 2", "0 / 0", "0 / 0"]
     assert rows[4] == ["arm", "MRI HD95 mm", "CT HD95 mm", "MRI NSD", "CT NSD"]
     assert rows[6] == ["fl", "4.0 ± 2.8", "9.0 ± 1.4", "0.200 ± 0.141", "0.450 ± 0.071"]
     assert rows[8:] == [["MRI / CT Dice", "liver"], ["-" * 13, "-" * 11], ["fl", "0.40 / 0.90"]]
+    found += [{**score, "seed": 3, "outcome": "missed"} for score in result(3, "mri", liver=0.0)]
+    [counted] = [line for line in tables(found, ["liver"]).splitlines() if "/ 0 " in line]
+    assert cells(counted)[3:] == ["3 / 2", "1 / 0", "0 / 0"]  # one missed organ of one seed
 
 
 def test_what_was_not_scored_is_left_out():
