@@ -90,7 +90,7 @@ def entry_name(
     """A name that changes with the contents of the case's files and with the settings."""
     labels = [(size_and_crc(path), wanted) for path, wanted in case.label_files(organs).items()]
     clipping = ct_window if case.modality == "ct" else NORMALIZATION["mri"]
-    settings = FORMAT, case.modality, *organs, spacing, clipping, VOXELS_PER_ORGAN
+    settings = FORMAT, case.modality, case.values, *organs, spacing, clipping, VOXELS_PER_ORGAN
     contents = repr((size_and_crc(case.image), labels, settings))
     return hashlib.sha256(contents.encode()).hexdigest()[:32]
 

@@ -54,17 +54,18 @@ def find_cases(
     modality: str | None = None,
     layout: str | None = None,
     organs: Sequence[str] = ORGANS,
+    split: bool = True,
 ) -> list[Case]:
     """List the labelled cases of a folder, sorted by id, with the masks of these organs.
 
     Unless `layout` is given, the content of the folder decides it. `modality` keeps only the cases
     of this modality, and is that of a data set that does not name its own. A case that lacks a file
-    is listed too, and reading it names the file. Raises DataError if the folder is missing, looks
-    like two layouts, or holds no such case.
+    is listed too, and reading it names the file. With split=False no meta.csv is read. Raises
+    DataError if the folder is missing, looks like two layouts, or holds no such case.
     """
     root = Path(folder)
     if not root.is_dir():
-        raise DataError(f"{root}: no such folder")
+        raise DataError(f"{root}: {'is not a folder' if root.exists() else 'no such folder'}")
     finders = {layout: LAYOUTS[layout]} if layout else LAYOUTS
     found = {name: list(find(root, organs, modality)) for name, find in finders.items()}
     found = {name: cases for name, cases in found.items() if cases}
@@ -85,7 +86,8 @@ def find_cases(
     twice = [id_ for (id_, _), n in ids.items() if n > 1]
     if twice:
         raise DataError(f"{root}: two cases have the id {twice[0]}; rename or remove one of them")
-    splits, warnings = read_splits(root, {case.id for case in kept}, name == "totalsegmentator")
+    usual = name == "totalsegmentator"
+    splits, warnings = read_splits(root, {c.id for c in kept}, usual) if split else ({}, [])
     more = (*warnings, *_warn_of_unread(root, cases))
     return [c._replace(split=splits.get(c.id, c.split), warnings=c.warnings + more) for c in kept]
 
@@ -240,10 +242,10 @@ def split_cases(
 
     Other cases are put in an order that depends on seed and id alone; a fifth of them goes to test
     (none with test_elsewhere) and a tenth of the training cases to validation, at least one of each
-    once there are three. Where a folder has a test split of its own but no validation split, the
-    validation cases are carved out of the training cases.
+    once there are three. Of a folder's own split, a part that is missing, test or validation, is
+    carved out of the training cases in the same way.
     """
-    order = sorted(cases, key=lambda c: hashlib.sha256(f"{seed}/{c.id}".encode()).digest())
+    order = sorted(cases, key=lambda c: hashlib.sha256(os.fsencode(f"{seed}/{c.id}")).digest())
     parts = {split: [c for c in order if c.split == split] for split in SPLITS}
     train = parts["train"] + [c for c in order if c.split not in SPLITS]
     if test_elsewhere:

@@ -10,10 +10,10 @@ import numpy as np
 from scans.files import DataError, listed, names_in, read_json, reading
 from scans.organs import match, spelling
 
-# How the words of a channel's name begin, by modality.
-WORDS = {"ct": ("ct",), "neither": ("pet", "suv", "spect", "ultraso", "xray")}
+# How the words of a channel's name begin, by modality; whole words end in a space.
+WORDS = {"ct": ("ct",), "neither": ("pet", "suv", "spect ", "ultraso", "xray")}
 WORDS["mri"] = ("mr", "t1", "t2", "pd", "flair", "dwi", "adc", "dixon", "stir", "spir", "haste")
-WORDS["mri"] += ("vibe", "gre", "ssfp", "trufi", "water", "fat", "inphase", "outphase", "opposed")
+WORDS["mri"] += ("vibe", "gre ", "ssfp", "trufi", "water", "fat", "inphase", "outphase", "opposed")
 CASES = "the cases are those in imagesTr and labelsTr"
 PARTS = ("tumor", "tumour", "lesion", "cyst", "cancer")  # in names of what lies within an organ
 
@@ -43,7 +43,7 @@ def modality_of(file: Path, channels: Sequence[str], modality: str | None) -> st
     if len(channels) != 1:
         raise DataError(f"{file}: has {len(channels)} channels; expected one, CT or MRI")
     words = re.findall("[a-z]+[0-9]*", channels[0].lower())
-    found = {m for m, starts in WORDS.items() for w in words if w.startswith(starts)}
+    found = {m for m, starts in WORDS.items() for w in words if f"{w} ".startswith(starts)}
     if not found and modality:
         return modality
     if found not in ({"ct"}, {"mri"}):

@@ -69,7 +69,7 @@ def sample(voxels: np.ndarray) -> np.ndarray:
 
 
 def has_air(values: np.ndarray) -> bool:
-    """Whether there is air or lung among Hounsfield units; −2000 and less is padding."""
+    """Whether there is air or lung among Hounsfield units; below −1200 is padding."""
     return bool(((values > -1200) & (values < -300)).mean() > 0.005)
 
 
@@ -116,7 +116,7 @@ def judge_labels(case: Case, scan: Scan, path: Path, mask: Scan) -> list[str]:
         raise DataError(f"{path}: {what}")
     unlikely = [warning for warning in mask.warnings if warning not in scan.warnings]
     known = case.values or (0, 1)
-    odd = [int(value) for value in np.unique(rounded) if value not in known]
+    odd = np.unique(rounded[~np.isin(rounded, known)]).astype(int).tolist()
     if odd:
         count = "they count as background" if case.values else "values above 0.5 count as organ"
         unlikely.append(f"has labels that the data set does not list: {listed(odd)}; {count}")

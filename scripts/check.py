@@ -16,7 +16,7 @@ from scans.cases import read_case
 from scans.files import DataError
 from scans.layouts import LAYOUTS, MODALITIES, Case, find_cases
 from scans.machine import in_parallel
-from scans.organs import ORGANS
+from scans.organs import ORGANS, common_name
 from study.config import new_parser
 from study.console import run_command, use_any_characters
 from study.hospitals import warn_of_copies
@@ -44,7 +44,7 @@ def inspect(case: Case, organs: Sequence[str]) -> dict:
 
 def check_folder(folder: str, args: argparse.Namespace) -> list[dict]:
     """Read every case of a folder, print and return the reports; empty if none is read."""
-    organs, lines = args.organs or ORGANS, {}
+    organs, lines = list(map(common_name, args.organs or ORGANS)), {}
     try:
         cases = find_cases(folder, args.modality, args.layout, organs)
         lines = dict.fromkeys(f"  {warning}" for case in cases for warning in case.warnings)
@@ -100,7 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("folders", nargs="+", metavar="DIR", help="a hospital's folder")
     add("--organs", nargs="+", action="extend", metavar="ORGAN", help=text)
     add("--layout", choices=LAYOUTS, help="layout, needed if a folder matches two")
-    add("--modality", choices=MODALITIES, help="modality of scans whose names do not show it")
+    text = "needed if file names do not show it; of a folder, only such scans are checked"
+    add("--modality", choices=MODALITIES, help=text)
     args = parser.parse_args(argv)
     return run_command("check", lambda: run(args))
 

@@ -168,6 +168,8 @@ def download(url: str, root: Path, number: int) -> bool:
             try:
                 fetch(archive, lacking, root)
             except DAMAGED as error:
+                if part is metadata:
+                    raise zipfile.BadZipFile(f"{min(lacking)}: {error}") from error
                 damaged += 1
                 tqdm.write(f"download: {root / min(lacking)} is left out: {error}", file=sys.stderr)
             finally:

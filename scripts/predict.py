@@ -19,7 +19,7 @@ import numpy as np
 from torch import nn
 from tqdm import tqdm
 
-from data import NORMALIZATION, to_model_grid
+from data import to_model_grid
 from evaluate import score_case
 from scans import files
 from scans.cache import size_and_crc
@@ -46,16 +46,22 @@ def find_scans(
     for path in map(Path, paths):
         if not path.exists():
             raise DataError(f"{path}: no such file or folder")
-        found = [file for name, file in files.names_in(path).items() if name.endswith(ENDINGS)]
+        names = files.names_in(path)
+        found = [file for name, file in names.items() if name.endswith(ENDINGS)]
         if path.is_dir() and not found:
-            cases = find_cases(path, modality, layout, organs)
+            cases = find_cases(path, modality, layout, organs, split=False)
         else:
             cases = [case_of_file(file, modality) for file in found or [path]]
+        read = {"segmentations"} if found else names.keys() - {"imagesTs"}
+        if unread := [file for name, file in names.items() if name not in read and file.is_dir()]:
+            what = f"{files.listed(unread)}: not read; name such a folder with --images too"
+            cases = [case._replace(warnings=(*case.warnings, what)) for case in cases]
         folder = f"{path.resolve().name}/" if path.is_dir() and len(paths) > 1 else ""
         for case in cases:
             name = f"{folder}{case.id}"
             if name in scans:
-                raise DataError(f"{case.image}: there is another scan named {name}")
+                advice = "give --modality, or segment them into two --out folders"
+                raise DataError(f"{case.image}: there is another scan named {name}; {advice}")
             # A new patient in a folder where others are labelled has no labels to be scored on.
             labelled = any(file.exists() for file in case.label_files(tuple(case.masks)))
             scans[name] = case if labelled else case._replace(masks={})
@@ -141,7 +147,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--images", required=True, nargs="+", action="extend", metavar="PATH", help=text)
     add("--out", required=True, type=Path, metavar="DIR", help="folder for the label maps")
     text = "needed if file names do not show it; of a folder, only such scans are segmented"
-    add("--modality", choices=NORMALIZATION, help=text)
+    add("--modality", choices=MODALITIES, help=text)
     add("--layout", choices=LAYOUTS, help="layout, needed if a folder matches two")
     text = "mm within which a surface counts as correct (default: 2)"
     add("--nsd-tolerance", type=float, default=2.0, metavar="X", help=text)
@@ -161,6 +167,8 @@ def run(args: argparse.Namespace) -> int:
         print("WARNING: it was trained on PHANTOMS; what it finds in scans means nothing")
     for warning in dict.fromkeys(warning for case in scans.values() for warning in case.warnings):
         print(f"WARNING: {warning}")
+    if args.out.exists() and not args.out.is_dir():
+        raise DataError(f"{args.out}: is a file; choose another --out")
     names = files.names_in(args.out)
     if names.keys() - {"lock"} and "predictions.json" not in names:
         what = f"holds {files.listed(names)}, which this command did not make"

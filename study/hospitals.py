@@ -112,7 +112,8 @@ def find_sources(config: Config) -> list[Source]:
         sites = [f"{name}-{i + 1}" for i in range(config.sites)] if several else [name]
         cases = []
         if not config.on_phantoms:
-            cases = find_cases(folder, modality or None, config.layout or None, config.organs)
+            kind, layout = modality or None, config.layout or None
+            cases = find_cases(folder, kind, layout, config.organs, split=bool(modality))
         sources.append(Source(name, folder, modality, sites, cases))
     all_names = [site for source in sources for site in source.sites]
     if len(set(all_names)) < len(all_names):
@@ -180,13 +181,9 @@ def phantom_case(
     image = normalize(image, modality, config.ct_window)
     # Each seed has patients of its own.
     volume = make_volume(f"phantom{seed}-{index:02d}", modality, image, labels, labelled)
+    target = labels, (phantom.SPACING,) * 3  # it has the model's grid only
     return PreparedCase(
-        id=volume.id,
-        modality=modality,
-        counts=volume.counts,
-        labelled=labelled,
-        read_volume=lambda: volume,
-        read_target=lambda: (labels, (phantom.SPACING,) * 3),  # it has the model's grid only
+        volume.id, modality, volume.counts, labelled, lambda: volume, lambda: target
     )
 
 

@@ -113,6 +113,7 @@ def test_a_name_changes_with_every_setting(mri, ct):
         name(case, ORGANS[:2]),
         name(case, ORGANS[::-1]),
         name(case._replace(modality="ct")),
+        name(case._replace(values=(*case.values, 77))),  # warnings depend on it
         name(case._replace(masks=case.masks | {"liver": [(path, (6,))]})),
         name(case._replace(masks={"liver": [(path, values)]})),
         name(ct[0]),

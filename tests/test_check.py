@@ -135,6 +135,8 @@ def test_it_looks_at_the_organs_that_are_asked_for(tmp_path, said):
     lines = said().splitlines()
     assert f"    Aorta        1 of 1 cases, {(scan > 40).sum()} voxels" in lines
     assert "    liver        not labelled" in lines
+    assert run(tmp_path, "--organs", "Liver") == 1
+    assert "labels none of liver; it labels aorta" in said()  # in the spelling of training
     truncate(tmp_path / "s0000/segmentations/aorta.nii.gz")
     assert run(tmp_path, "--organs", "aorta") == 1
     assert "aorta.nii.gz: cannot be read" in said()

@@ -523,6 +523,13 @@ def test_a_damaged_case_is_left_out(run, server, tmp_path, capsys, method, ways)
         assert tree(root) == wanted(files, 3)
 
 
+def test_a_damaged_table_of_the_split_is_named(run, server, tmp_path, capsys):
+    """Without it the split would be made by seed, so it is not a case that is left out."""
+    server.put(damaged(zipped(cases(2), method=STORED), "meta.csv", "header"))
+    assert run() == 1
+    assert re.search(r"\.zip\S*: meta.csv: .*; by hand: download it", capsys.readouterr().err)
+
+
 def test_a_spoilt_directory_is_no_traceback(tmp_path, monkeypatch):
     """A zip with each byte of its directory and its end spoilt, without a server for speed."""
     good = zipped({"meta.csv": b"", "ü/ct.nii.gz": b"a"})

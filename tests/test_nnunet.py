@@ -84,8 +84,8 @@ def test_a_label_to_ignore_is_refused(name, tmp_path):
 @pytest.mark.parametrize(
     ("channel", "modality"),
     [
-        *((name, "ct") for name in ("CT", "ct", "CT (HU)", "CT_venous")),
-        *((name, "mri") for name in ("MRI", "T2", "t1", "T1_in_phase", "MR-T2-SPIR", "FLAIR")),
+        *((name, "ct") for name in ("CT", "ct", "CT (HU)", "spectral CT", "greyscale CT")),
+        *((name, "mri") for name in ("MRI", "T2", "t1", "T1_in_phase", "MR-T2-SPIR", "GRE")),
     ],
 )
 def test_channel_names_tell_the_modality(channel, modality, tmp_path):
@@ -109,7 +109,7 @@ def test_what_is_asked_for_decides_where_the_channel_says_nothing(channel, tmp_p
         find_cases(tmp_path, "mri")
 
 
-@pytest.mark.parametrize("channel", ["PET", "PET/CT", "SUV", "ultrasound", "CT and MR"])
+@pytest.mark.parametrize("channel", ["PET", "PET/CT", "SPECT/CT", "SUV", "ultrasound", "CT and MR"])
 @pytest.mark.parametrize("modality", [None, "ct", "mri"])
 def test_a_channel_that_is_neither_is_refused(channel, modality, tmp_path):
     nnunet_with(tmp_path, {"liver": 1}, channel_names={"0": channel})

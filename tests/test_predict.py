@@ -105,10 +105,34 @@ def test_a_folder_in_a_known_layout_comes_with_its_labels(tmp_path):
     assert list(found([tmp_path], layout="totalsegmentator")) == ["s0000"]
 
 
+def test_folders_that_are_not_read_are_named(tmp_path):
+    """A stray file makes a folder one of files; a test split has no labels, but may be meant."""
+
+    def warnings(folder, modality=None):
+        cases = predict.find_scans([str(folder)], modality, None, ORGANS).values()
+        return {warning for case in cases for warning in case.warnings if "not read" in warning}
+
+    more = "not read; name such a folder with --images too"
+    stray = write_totalsegmentator(tmp_path / "stray", "ct", 2)
+    assert not warnings(stray)
+    assert not warnings(stray / "s0000")  # its masks are not scans
+    write_empty(stray, "atlas.nii.gz")
+    assert warnings(stray, "ct") == {f"{stray}/s0000, {stray}/s0001: {more}"}
+    root = write_nnunet(tmp_path / "set", "ct", 2)
+    write_empty(root, "imagesTs/case_009_0000.nii.gz")
+    assert warnings(root) == {f"{root}/imagesTs: {more}"}
+
+
+def test_a_new_patient_without_a_row_in_the_table_is_segmented(tmp_path):
+    root = write_totalsegmentator(tmp_path, "ct", 2)
+    (root / "meta.csv").write_text("image_id,split\ns0000,train\n")
+    assert list(found([root])) == ["s0000", "s0001"]
+
+
 @pytest.mark.parametrize(
     ("names", "modality", "message"),
     [
-        (["a/x.nii.gz", "b/x_0000.nii"], "ct", "b/x_0000.nii: there is another scan named x"),
+        (["a/x.nii.gz", "b/x_0000.nii"], "ct", "b/x_0000.nii: .* another scan named x; give --mod"),
         (["nowhere"], "ct", "nowhere: no such file or folder"),
         (["empty"], "ct", "empty: no labelled case found; expected"),
         (["notes.txt"], "ct", "notes.txt: expected a NIfTI file, whose name ends in .nii"),
@@ -263,6 +287,8 @@ def test_a_folder_of_something_else_is_left_as_it_is(checkpoint, tmp_path, capsy
         for images in ("set", "flat"):
             assert run(checkpoint, tmp_path / images, tmp_path / out, "--modality", "ct") == 2
             assert "which this command did not make; choose a new" in capsys.readouterr().err
+    assert run(checkpoint, tmp_path / "set", tmp_path / "notes/notes") == 2
+    assert "notes/notes: is a file; choose another --out" in capsys.readouterr().err
     assert contents(tmp_path) == before
 
 

@@ -38,6 +38,28 @@ def test_other_cases_are_split_by_seed_and_id(tmp_path):
     assert sizes == [[1, 0, 0], [2, 0, 0], [2, 0, 1], [2, 1, 1]]
 
 
+def test_a_folder_whose_name_is_no_utf_8_has_a_split(tmp_path):
+    cases = find_cases(write_scans(tmp_path, 9))
+    odd = [case._replace(id=f"caf\udce9{case.id}") for case in cases]
+    assert [len(split_cases(odd, 1)[split]) for split in SPLITS] == [7, 1, 1]
+
+
+def test_without_a_test_split_of_its_own_a_fifth_of_the_training_cases_is_tested_on(tmp_path):
+    """AMOS22 as a hospital: Tr and Va, and nothing else."""
+    cases = find_cases(write_scans(tmp_path, 12, splits=["train"] * 10 + ["val"] * 2))
+    parts = split_cases(cases, seed=1)
+    assert [len(parts[split]) for split in SPLITS] == [8, 2, 2]
+    assert {case.split for case in parts["test"]} == {"train"}
+
+
+def test_where_no_split_is_needed_no_table_is_read(tmp_path):
+    root = write_scans(tmp_path, 3, splits=["train", "val", "test"])
+    (root / "meta.csv").write_text("image_id,split\ns0000,train\n")  # of two new patients, none
+    with pytest.raises(DataError, match="must name each scan in one row"):
+        find_cases(root)
+    assert ids(find_cases(root, split=False)) == ["s0000", "s0001", "s0002"]
+
+
 @pytest.mark.parametrize("delimiter", [";", ",", "\t"])
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "latin-1"])
 @pytest.mark.parametrize(
