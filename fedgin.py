@@ -206,7 +206,7 @@ def make_model(
 def check_losses(config: Config, losses: Mapping[str, float]) -> None:
     """Raise FloatingPointError for a loss ten times that of a guess: log(classes) + Dice loss 1."""
     if max(losses.values()) > 10 * (math.log(len(config.organs) + 1) + 1):
-        raise FloatingPointError(f"{losses}: exploded; a lower --lr may help")
+        raise FloatingPointError(f"the loss exploded ({losses}); a lower --lr may help")
 
 
 def learning_rate(config: Config, round_: int) -> float:

@@ -39,8 +39,8 @@ from study.results import RunFolder, TrainingFolder, environment
 
 USAGE = "torchrun --nnodes 2 --node-rank N … -m scripts.multisite (--mri | --ct) DIR [options]"
 OWN = ("ct", "mri", "test", "layout", "skip_bad", "out", "cache")  # in which ranks may differ
+MODALITIES = fedgin.ARMS["fedgin"].modalities
 SEVERAL = ("scenario", "arms", "ratios", "mri_cases", "seeds", "sites", "gin_probability")
-MODALITIES = ("mri", "ct")
 
 
 def run(config: Config, name: str, timeout: int) -> None:

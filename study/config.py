@@ -173,8 +173,9 @@ def check(config: Config) -> None:
     if config.patch % divisor or config.patch == divisor:
         rule = f"it must be a multiple of {divisor}, and larger"
         raise ValueError(f"--patch {config.patch} does not fit --depth {config.depth}: {rule}")
-    if Path(config.out).exists() and not Path(config.out).is_dir():
-        raise ValueError(f"--out {config.out} is a file; it must be a folder, or a new name")
+    for name, path in (("--out", Path(config.out)), ("--cache", Path(config.cache))):
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"{name} {path} is a file; it must be a folder, or a new name")
     if config.on_phantoms and config.spacing != SPACING:
         raise ValueError(f"--spacing is for scans; phantoms have voxels of {SPACING:g} mm")
     if config.on_phantoms and config.test:

@@ -7,6 +7,7 @@ import math
 import signal
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -153,6 +154,10 @@ def describe_hospitals(
     ]
     for training, by_hospital in chosen.items():
         numbers = ", ".join(f"{name} {len(cases)}" for name, cases in by_hospital.items())
+        n = Counter(case.modality for cases in by_hospital.values() for case in cases)
+        ratio = training.ratio.removeprefix("1:")
+        if ratio.isdecimal() and n["ct"] < n["mri"] * int(ratio):
+            numbers += f" (WARNING: not {training.ratio}, because there are no more CT cases)"
         lines.append(f"{training.label + ':':27} training cases: {numbers}")
     return "\n".join(dict.fromkeys(lines))  # once for all seeds
 

@@ -86,21 +86,19 @@ def segment(model: nn.Module, image: np.ndarray, patch: int, size: Sequence[int]
 
 
 def copy_to_cpu(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A copy of a network's weights, which leave a GPU in one piece."""
-    if all(w.device.type == "cpu" for w in weights.values()):
-        return {key: w.clone() for key, w in weights.items()}
-    packed = torch.cat([w.flatten() for w in weights.values()]).cpu()
-    parts = packed.split([w.numel() for w in weights.values()])
-    return {k: part.view(w.shape) for (k, w), part in zip(weights.items(), parts, strict=True)}
+    """A copy of a network's weights on the CPU."""
+    return {key: w.to("cpu", copy=True) for key, w in weights.items()}
 
 
 def load_model(path: Path, device: torch.device) -> tuple[nn.Module, dict]:
-    """The network of a model.pt, and its organs, spacing, patch, width, depth and label ("arm").
+    """The network of a model.pt, and the settings, label ("arm") and seed that predictions need.
 
     Raises DataError for a file that is not one of fedgin.py's. Opening one runs no code.
     """
     found = read_pt(path)
     with reading(path):
+        if "model" not in found:
+            raise ValueError("it is not a model.pt, which a training writes after its last round")
         metadata, weights = found["model"], found["weights"]
         organs, patch, depth = metadata["organs"], metadata["patch"], metadata["depth"]
         if patch % 2 ** (depth - 1) or patch <= 2 ** (depth - 1):

@@ -213,10 +213,10 @@ class RunFolder:
 
     def describe(self) -> str:
         """How many trainings are finished, and which have begun."""
-        left, n = [self.folder(training) for training in self.unfinished()], len(self.trainings)
-        begun = [f", {each.name} after round {len(each.history())}" for each in left]
-        text = "".join(text for text in begun if not text.endswith(" 0"))
-        return f"{self.out}: {n - len(left)} of {n} trainings finished{text}"
+        left, n_all = [self.folder(training) for training in self.unfinished()], len(self.trainings)
+        rounds = {each.name: len(each.history()) for each in left}
+        text = "".join(f", {name} after round {n}" for name, n in rounds.items() if n)
+        return f"{self.out}: {n_all - len(left)} of {n_all} trainings finished{text}"
 
     def report(self) -> str:
         """Write results.md, scores.csv and history.csv; return the text for the screen."""

@@ -114,6 +114,7 @@ def test_organs_of_the_paper_are_known_in_any_spelling():
         ("--test somewhere", "--test needs folders to train on"),
         ("--spacing 2", "--spacing is for scans; phantoms have voxels of 9 mm"),
         ("--out README.md", "--out README.md is a file"),
+        ("--ct a --cache README.md", "--cache README.md is a file"),
         ("--scenario complete --ratios 1:1", "--ratios and --mri-cases are for --scenario limited"),
         ("--scenario complete --mri-cases 2", "--ratios and --mri-cases are for --scenario limite"),
     ],

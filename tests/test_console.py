@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from federated import Client
+from scans.cases import PreparedCase
 from scans.files import DataError
 from study.config import Checkpoint, Config, Round, Training
 from study.console import (
@@ -212,20 +213,28 @@ def test_a_run_is_described_by_its_data_and_its_settings():
 
 
 def test_it_is_said_who_trains_on_how_many_cases():
-    everyone = [
-        Hospital("mri", "mri", [0] * 3, [0], []),
-        Hospital("ct", "ct", [0] * 9, [], [0] * 2),
-    ]
+    def some(modality, n):
+        return [PreparedCase("", modality, None, None, None, None)] * n
+
+    mri, ct = some("mri", 3), some("ct", 9)
+    everyone = [Hospital("mri", "mri", mri, [0], []), Hospital("ct", "ct", ct, [], [0] * 2)]
     chosen = {
-        Training(1, "fl", "1:1"): {"mri": [0] * 3, "ct": [0] * 3},
-        Training(2, "fl", "1:1"): {"mri": [0] * 3, "ct": [0] * 3},
-        Training(1, "centralized+gin", "1:5", 0.25): {"mri": [0], "ct": [0] * 5},
+        Training(1, "fl", "1:1"): {"mri": mri, "ct": ct[:3]},
+        Training(2, "fl", "1:1"): {"mri": mri, "ct": ct[:3]},
+        Training(1, "centralized+gin", "1:5", 0.25): {"mri": mri[:1], "ct": ct[:5]},
+        Training(1, "fl", "1:5"): {"mri": mri, "ct": ct},  # 15 would be needed
+        Training(1, "fl", "all"): {"mri": mri, "ct": ct},
+        Training(1, "mri-only"): {"mri": mri},
     }
     assert describe_hospitals({1: everyone, 2: everyone}, chosen).splitlines() == [
         "mri: 3 cases to train, 1 to validate, 0 to test",
         "ct: 9 cases to train, 0 to validate, 2 to test",
         "fl 1:1:                     training cases: mri 3, ct 3",
         "centralized+gin 1:5 p=0.25: training cases: mri 1, ct 5",
+        "fl 1:5:                     training cases: mri 3, ct 9"
+        " (WARNING: not 1:5, because there are no more CT cases)",
+        "fl all:                     training cases: mri 3, ct 9",
+        "mri-only:                   training cases: mri 3",
     ]
 
 

@@ -203,7 +203,8 @@ def test_a_model_runs_no_code_and_must_be_one(tmp_path, capsys):
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save({"weights": {}}, tmp_path / "other.pt")
     for name in ("evil.pt", "text.pt", "empty.pt", "list.pt", "other.pt", "missing.pt"):
-        refusal(tmp_path / name)
+        reason = refusal(tmp_path / name)
+        assert (name in ("list.pt", "other.pt")) == ("is not a model.pt" in reason)
     assert "code ran" not in capsys.readouterr().out
 
 

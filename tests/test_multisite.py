@@ -260,7 +260,13 @@ EXPLODE = "multisite.train_locally = lambda *_, **__: 28.0"  # ten times ln 6 + 
     [
         ("west", ROUND_2.format("lambda: fail(OSError('no disk'))"), [], 1, "(west): no disk"),
         ("west", ROUND_2.format("lambda: fail(KeyboardInterrupt)"), [], 130, "(west): was stopped"),
-        ("north", EXPLODE, [], 1, "(north): {'north': 28.0}: exploded; a lower --lr may help"),
+        (
+            "north",
+            EXPLODE,
+            [],
+            1,
+            "(north): the loss exploded ({'north': 28.0}); a lower --lr may help",
+        ),
         ("north", "before(fedgin, 'run_test', lambda: fail(DataError('x')))", [], 2, "(north): x"),
         ("north", BAD_FOLDER, [], 2, "(north): out/config.json: is not of a run of version 3"),
         ("west", BAD_FOLDER, [], 2, "(west): out/config.json: is not of a run of version 3"),
