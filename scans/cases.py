@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from data import NORMALIZATION, Volume, make_volume, resample_labels, to_model_grid
+from federated import noting
 from scans.cache import entry_name, only_writer, read_target, read_volume, write_entry
 from scans.files import DataError, read_json, reading
 from scans.layouts import Case
@@ -143,7 +144,8 @@ def preprocess(
             labels = resample_labels(one_hot, image.shape)
             labelled = labelled_organs(case, organs)
             volume = make_volume(case.id, case.modality, image, labels, labelled)
-            write_entry(folder, volume, scan, target)
+            with noting(f"writing {folder}, for {case.image}"):  # a full disk's error names no file
+                write_entry(folder, volume, scan, target)
     except DataError as error:
         return str(error)
     except (MemoryError, RuntimeError) as error:

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import sys
 import unicodedata
 import zipfile
@@ -170,7 +171,10 @@ def read_pt(path: Path) -> dict[str, Any]:
         # torch.load verifies no checksum, and reads entries flagged as directories as empty.
         if archive.testzip() or any(info.external_attr for info in archive.infolist()):
             raise ValueError("a part of it is damaged")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:  # which advises to open it all the same
+            raise ValueError("it holds more than tensors and plain values") from error
 
 
 def to_csv(rows: Iterable[Mapping[str, Any]], columns: Sequence[str] = ()) -> bytes:

@@ -86,21 +86,22 @@ def find_cases(
     twice = [id_ for (id_, _), n in ids.items() if n > 1]
     if twice:
         raise DataError(f"{root}: two cases have the id {twice[0]}; rename or remove one of them")
-    usual = name == "totalsegmentator"
-    splits, warnings = read_splits(root, {c.id for c in kept}, usual) if split else ({}, [])
+    splits, warnings = read_splits(root, {c.id for c in kept}, name) if split else ({}, [])
     more = (*warnings, *_warn_of_unread(root, cases))
     return [c._replace(split=splits.get(c.id, c.split), warnings=c.warnings + more) for c in kept]
 
 
 def _warn_of_unread(root: Path, cases: Sequence[Case]) -> list[str]:
     """Warnings of what lies beside the cases of a folder and is not read."""
-    warnings = []
-    if (root / "splits_final.json").exists():
-        warnings.append(f"{root}/splits_final.json: not read; a meta.csv gives the split")
-    maps = [case for case in cases if case.values]
-    used = {f for case in maps for f in (case.image, *case.label_files(tuple(case.masks)))}
-    there = [f for folder in {f.parent for f in used} for f in names_in(folder).values()]
-    odd = sorted(f for f in there if ".nii" in f.name.lower() and f not in used)
+    unread = {"splits_final.json": "a meta.csv gives the split"}
+    unread["labelsTs"] = "a meta.csv can give cases in imagesTr and labelsTr to the test"
+    warnings = [f"{root}/{k}: not read; {v}" for k, v in unread.items() if (root / k).exists()]
+    used = {f for case in cases for f in (case.image, *case.label_files(tuple(case.masks)))}
+    folders = {file.parent for file in used}
+    if not cases[0].values:  # TotalSegmentator's layout, whose masks are looked at there
+        folders = {root, *(f for f in names_in(root).values() if os.access(f, os.R_OK))}
+    there = [f for folder in folders for f in names_in(folder).values() if f not in used]
+    odd = sorted(f for f in there if re.search(r"(?<!segmentations)\.nii", f.name.lower()))
     if odd:
         warnings.append(f"{listed(odd)}: not read, because the layout has no such names")
     return warnings
@@ -187,18 +188,16 @@ def _nnunet(root: Path, organs: Sequence[str], modality: str | None) -> Iterator
 LAYOUTS = {"totalsegmentator": _totalsegmentator, "amos": _amos, "nnunet": _nnunet}
 
 
-def read_splits(
-    root: Path, ids: Collection[str], is_usual: bool
-) -> tuple[dict[str, str], list[str]]:
+def read_splits(root: Path, ids: Collection[str], layout: str) -> tuple[dict[str, str], list[str]]:
     """{id: split} by the table meta.csv beside the scans, empty without one, and warnings.
 
     Raises DataError where the split of a case is unclear, because a test case might be trained on.
-    A table without the two columns is an error if is_usual, and ignored with a warning otherwise.
+    A table without the two columns is an error in TotalSegmentator's layout, else a warning.
     """
     files = [path for name, path in names_in(root).items() if name.lower() == "meta.csv"]
     tables = {file: _read_rows(file) for file in files}
     foreign = [file for file, rows in tables.items() if rows is None]
-    if foreign and is_usual:
+    if foreign and layout == "totalsegmentator":
         raise DataError(f"{foreign[0]}: has no columns image_id and split; {ADVICE}")
     warnings = [f"{f}: not read, because it has no columns image_id and split" for f in foreign]
     rows = [row for rows in tables.values() for row in rows or ()]
@@ -224,6 +223,8 @@ def _read_rows(file: Path) -> list[tuple[str, str]] | None:
         rows.fieldnames = [name.strip() for name in rows.fieldnames or ()]
         if not {"image_id", "split"} <= set(rows.fieldnames):
             return None
+        if max(map(rows.fieldnames.count, ("image_id", "split"))) > 1:
+            raise ValueError("it has the column image_id or split twice")
         return [(_spelling(row["image_id"]), row["split"].strip()) for row in rows]
 
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 WANTING = re.compile(  # what a RuntimeError says
     r"can't allocate memory|not enough memory"  # on a CPU: Linux, Windows
+    r"|Storage size calculation overflowed"  # even more
     r"|out of memory|STATUS_ALLOC_FAILED"  # CUDA; cuBLAS and cuDNN
     # cuDNN's search for a plan passes over those that find no memory, until none is left.
     r"|(FIND|GET) was unable to find an engine"
@@ -42,8 +43,9 @@ def free_memory(root: Path = Path("/")) -> float:
         for name in re.findall(line, groups, re.MULTILINE):
             for folder in (top / name.strip("/"), *(top / name.strip("/")).parents):
                 with contextlib.suppress(OSError, ValueError, TypeError):  # "max": no limit
-                    files = re.search(r"inactive_file (\d+)", (folder / "memory.stat").read_text())
-                    taken = int((folder / f"memory.{used}").read_text()) - int(files[1])  # type: ignore[index]
+                    statistics = (folder / "memory.stat").read_text()
+                    [files] = re.findall(r"^inactive_file (\d+)", statistics, re.MULTILINE)
+                    taken = int((folder / f"memory.{used}").read_text()) - int(files)
                     free.append(int((folder / f"memory.{limit}").read_text()) - taken)
                 if folder == top:
                     break

@@ -1,6 +1,7 @@
 """nnU-Net's raw layout: what its dataset.json says, and which cases there are."""
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -82,11 +83,11 @@ def warn_of_parts(values: Mapping[str, tuple[int, ...]], organs: Sequence[str]) 
 def warn_of_lists(file: Path, n_cases: int) -> list[str]:
     """Warnings where dataset.json lists other cases than the folders hold; the folders count."""
     dataset, root = read_json(file), file.parent
-    folders = [(root / name).resolve() for name in ("imagesTr", "labelsTr")]
+    folders = [os.path.realpath(root / name) for name in ("imagesTr", "labelsTr")]
     text = json.dumps(dataset.get("training"), ensure_ascii=False)
-    paths = [(root / path).resolve() for path in re.findall(r'[^"]+\.nii[^"]*', text)]
+    paths = [os.path.realpath(root / path) for path in re.findall(r'[^"]+\.nii[^"]*', text)]
     lists = ["dataset"] if dataset.get("dataset") else []
-    lists += ["training"] if any(path.parent not in folders for path in paths) else []
+    lists += ["training"] if any(os.path.dirname(path) not in folders for path in paths) else []
     warnings = [f"its list {name!r} is not read; {CASES}" for name in lists]
     n = dataset.get("numTraining")
     if isinstance(n, int) and n < n_cases:

@@ -52,11 +52,16 @@ def find_scans(
             cases = find_cases(path, modality, layout, organs, split=False)
         else:
             cases = [case_of_file(file, modality) for file in found or [path]]
-        read = {"segmentations"} if found else names.keys() - {"imagesTs"}
-        if unread := [file for name, file in names.items() if name not in read and file.is_dir()]:
+        read = (
+            {"segmentations", *(file.name for file in found)}
+            if found
+            else names.keys() - {"imagesTs"}
+        )
+        odd = {name: file for name, file in names.items() if name not in read}
+        if unread := [f for name, f in odd.items() if f.is_dir() or ".nii" in name.lower()]:
             what = f"{files.listed(unread)}: not read; name such a folder with --images too"
             cases = [case._replace(warnings=(*case.warnings, what)) for case in cases]
-        folder = f"{path.resolve().name}/" if path.is_dir() and len(paths) > 1 else ""
+        folder = f"{path.resolve().name or 'root'}/" if path.is_dir() and len(paths) > 1 else ""
         for case in cases:
             name = f"{folder}{case.id}"
             if name in scans:

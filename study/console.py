@@ -170,7 +170,7 @@ def is_foreseen(error: BaseException) -> bool:
 def explain(error: BaseException) -> str:
     """An error in one line, after the notes that say where it was."""
     notes = [f"{note}: " for note in reversed(getattr(error, "__notes__", []))]
-    return "".join([*notes, str(error)])
+    return "".join([*notes, str(error) or repr(error)])
 
 
 def run_command(name: str, work: Callable[[], int | None], hint: str = "") -> int:
@@ -199,6 +199,7 @@ def run_command(name: str, work: Callable[[], int | None], hint: str = "") -> in
 
 def use_any_characters() -> None:
     """Let the streams print what a terminal cannot show, such as file names that are not UTF-8."""
+    sys.stderr = sys.stderr or io.StringIO()  # None after 2>&-
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

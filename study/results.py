@@ -1,18 +1,7 @@
 """A run is a folder of trainings: what is in it, and the tables made of it.
 
-    config.json            the settings that all trainings share
-    cases-seed42.json      the split and the contents of each case, by hospital
-    results.md             the tables; like scores.csv and history.csv made from the trainings
-    fedgin-1-5-p1-seed42/  a training
-        training.json      what it is, on how many cases it trains, and where it began
-        checkpoint.pt      its state after the last round, until model.pt is there
-        history.csv        loss, validation Dice and seconds by round
-        model.pt           its best weights and its history, for scripts.predict
-        testing.json       the scores of the test under way, written after every case
-        scores.json        testing.json, renamed after the last case: the training is finished
-        lock               held by the process that works on it
-
-A missing file means that the step has not been done. Files are whole or absent.
+docs/runs.md lists the files. A missing file means that its step has not been done. Files are
+whole or absent.
 """
 
 import contextlib

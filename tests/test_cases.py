@@ -1,6 +1,7 @@
 """Scans and their labels: what was written comes back, what is wrong is named, all is prepared."""
 
 import contextlib
+import re
 import shutil
 import threading
 import time
@@ -307,6 +308,20 @@ def test_a_case_that_memory_does_not_hold_is_a_bad_one_and_a_bug_is_not(tmp_path
             load(cases, ORGANS, 12.0, tmp_path)
     with pytest.raises(RuntimeError, match="a bug"):
         load(cases, ORGANS, 12.0, tmp_path, skip_bad=True)
+
+
+def test_a_full_disk_under_the_cache_names_the_entry_and_its_scan(tmp_path, monkeypatch):
+    """NumPy's own message is "14175 requested and 3968 written"."""
+
+    def fail(*_):
+        raise OSError("14175 requested and 3968 written")
+
+    monkeypatch.setattr(np, "save", fail)
+    [case] = find_cases(write_totalsegmentator(tmp_path / "set", "ct", 1))
+    with pytest.raises(OSError, match="14175 requested") as caught:
+        load_cases([case], ORGANS, SPACING, tmp_path / "cache")
+    [note] = caught.value.__notes__
+    assert re.fullmatch(f"writing {tmp_path}/cache/.*, for {case.image}", note)
 
 
 def test_a_scan_too_large_for_memory_is_named(tmp_path, monkeypatch):

@@ -396,6 +396,8 @@ def test_what_is_no_file_of_tensors_is_refused_and_runs_no_code(tmp_path, capsys
             read_pt(path)
         assert str(caught.value).startswith(f"{path}: cannot be read (")
         assert len(str(caught.value).splitlines()) == 1
+        advice = "holds more than tensors and plain values"  # PyTorch's is to open it all the same
+        assert (path.name == "evil.pt") == (advice in str(caught.value))
     assert capsys.readouterr() == ("", "")
 
 

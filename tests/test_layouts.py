@@ -208,6 +208,19 @@ def test_a_folder_that_may_not_be_read_is_named_unless_it_is_somebody_elses(tmp_
         find_cases(tmp_path)
 
 
+def test_scans_of_another_name_beside_cases_are_not_left_out_in_silence(tmp_path):
+    write_scans(tmp_path, 2)
+    names = ["extra.nii.gz", "patient7/ct.nii", "patient8/CT.nii.gz", "s0001/ct_soft.nii.gz"]
+    for name in [*names, "patient9/notes.txt"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    found = find_cases(tmp_path)
+    assert ids(found) == ["s0000", "s0001"]
+    [warning] = found[0].warnings
+    listed = ", ".join(str(tmp_path / name) for name in names)
+    assert warning == f"{listed}: not read, because the layout has no such names"
+
+
 def test_names_in_another_unicode_form_are_found(tmp_path):
     """Decomposed, as macOS writes them, and asked for in the composed form that is typed."""
     composed, decomposed = "Zoë é", unicodedata.normalize("NFD", "Zoë é")

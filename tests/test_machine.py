@@ -98,6 +98,7 @@ def test_running_out_of_memory_is_told_from_bugs():
         RuntimeError(
             "[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate"
         ),
+        RuntimeError("Storage size calculation overflowed with sizes=[9999999999999]"),
         RuntimeError("CUDA error: out of memory"),
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),

@@ -160,6 +160,25 @@ def test_what_a_dataset_json_says_of_cases_is_not_read_in_silence(said, warning,
     assert found == [warning] * bool(warning)
 
 
+def test_links_that_lead_to_themselves_are_no_traceback(tmp_path):
+    write_nnunet(tmp_path, "ct", 1)
+    (tmp_path / "loop.nii.gz").symlink_to(tmp_path / "loop.nii.gz")
+    nnunet = json.loads((tmp_path / "dataset.json").read_text())
+    nnunet["training"] = [{"image": "loop.nii.gz", "label": "labelsTr/x.nii.gz"}]
+    (tmp_path / "dataset.json").write_text(json.dumps(nnunet))
+    [case] = find_cases(tmp_path)
+    assert "its list 'training' is not read" in case.warnings[0]
+
+
+def test_a_labelled_test_split_is_not_left_out_in_silence(tmp_path):
+    write_nnunet(tmp_path, "ct", 1)
+    (tmp_path / "imagesTs").mkdir()
+    assert find_cases(tmp_path)[0].warnings == ()
+    (tmp_path / "labelsTs").mkdir()
+    [warning] = find_cases(tmp_path)[0].warnings
+    assert warning.startswith(f"{tmp_path}/labelsTs: not read; a meta.csv can give")
+
+
 @pytest.mark.parametrize("write", WRITERS.values())
 def test_nnunets_own_splits_are_not_read_in_silence(write, tmp_path):
     write(tmp_path, "ct", 2)

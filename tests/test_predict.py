@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from unittest import mock
 
 import nibabel
 import numpy as np
@@ -90,6 +91,8 @@ def test_files_and_folders_of_files_are_found(tmp_path):
     write_empty(tmp_path, ct, mri)
     assert found([ct, mri]) == {"s1": ("ct", ct), "s2": ("mri", mri)}
     assert list(found([ct.parent, mri.parent])) == ["s1/s1", "s2/s2"]
+    with mock.patch.object(Path, "resolve", lambda _: Path("/")):  # a map must not lie at /a
+        assert list(found([ct.parent, tmp_path / "s2/mri.nii.gz"])) == ["root/s1", "s2"]
 
 
 def test_a_folder_in_a_known_layout_comes_with_its_labels(tmp_path):
@@ -117,7 +120,8 @@ def test_folders_that_are_not_read_are_named(tmp_path):
     assert not warnings(stray)
     assert not warnings(stray / "s0000")  # its masks are not scans
     write_empty(stray, "atlas.nii.gz")
-    assert warnings(stray, "ct") == {f"{stray}/s0000, {stray}/s0001: {more}"}
+    write_empty(stray, "odd.NII.GZ", "notes.txt")
+    assert warnings(stray, "ct") == {f"{stray}/odd.NII.GZ, {stray}/s0000, {stray}/s0001: {more}"}
     root = write_nnunet(tmp_path / "set", "ct", 2)
     write_empty(root, "imagesTs/case_009_0000.nii.gz")
     assert warnings(root) == {f"{root}/imagesTs: {more}"}

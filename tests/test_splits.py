@@ -52,6 +52,18 @@ def test_without_a_test_split_of_its_own_a_fifth_of_the_training_cases_is_tested
     assert {case.split for case in parts["test"]} == {"train"}
 
 
+@pytest.mark.parametrize("header", ["image_id;split;Split", "image_id;split;split", "a;split;a"])
+def test_a_column_that_is_there_twice_is_refused(header, tmp_path):
+    """The last one would count, and test cases might be trained on."""
+    root = write_scans(tmp_path, 3)
+    rows = "".join(f"s000{i};test;train\n" for i in range(3))
+    (root / "meta.csv").write_text(
+        f"{header}\n{rows}".replace("a;", "image_id;").replace(";a", ";image_id")
+    )
+    with pytest.raises(DataError, match="meta.csv: .* has the column image_id or split twice"):
+        find_cases(root)
+
+
 def test_where_no_split_is_needed_no_table_is_read(tmp_path):
     root = write_scans(tmp_path, 3, splits=["train", "val", "test"])
     (root / "meta.csv").write_text("image_id,split\ns0000,train\n")  # of two new patients, none
