@@ -162,8 +162,9 @@ def check(config: Config) -> None:
             raise ValueError(f"{name} has an empty name")
         if isinstance(value, tuple) and len(set(value)) < len(value):
             raise ValueError(f"{name} names something twice: {' '.join(map(str, value))}")
-        if type(value) in (int, float) and not 0 < value <= 1e6:
-            raise ValueError(f"{name} must be a positive number, at most 1e6, not {value}")
+        highest = {int: 1e6, float: 1e38}.get(type(value))
+        if highest and not 0 < value <= highest:
+            raise ValueError(f"{name} must be a positive number, at most {highest:g}, not {value}")
     if not all(0 <= p <= 1 for p in config.gin_probability):
         given = " ".join(map(str, config.gin_probability))
         raise ValueError(f"--gin-probability must lie between 0 and 1, not {given}")
