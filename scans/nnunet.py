@@ -29,10 +29,11 @@ def read_dataset_json(
         if missing:
             raise ValueError(f"it has no {listed(sorted(missing))}; nnU-Net 2 writes them")
         channels = [str(name) for name in dataset["channel_names"].values()]
-        labels = {n: tuple(map(int, np.atleast_1d(v))) for n, v in dataset["labels"].items()}
-        for name in (name for names in match(organs, labels).values() for name in names):
-            if not (labels[name] and all(0 < value < 2**16 for value in labels[name])):
-                raise ValueError(f"label {name} is {labels[name]}; expected 1 to 65535")
+        labels = {n: tuple(np.atleast_1d(v).tolist()) for n, v in dataset["labels"].items()}
+        wanted = {name for names in match(organs, labels).values() for name in names}
+        for name, values in labels.items():
+            if not (values and all(n in range(name in wanted, 2**16) for n in values)):
+                raise ValueError(f"label {name} is {values}; expected whole numbers, 1 to 65535")
     if "ignore" in map(spelling, labels):
         what = "has a label 'ignore', whose voxels would be trained and scored on as background"
         raise DataError(f"{file}: {what}; take it out of labels if no voxel has it")

@@ -100,8 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("folders", nargs="+", metavar="DIR", help="a hospital's folder")
     add("--organs", nargs="+", action="extend", metavar="ORGAN", help=text)
     add("--layout", choices=LAYOUTS, help="layout, needed if a folder matches two")
-    text = "needed if file names do not show it; of a folder, only such scans are checked"
-    add("--modality", choices=MODALITIES, help=text)
+    add("--modality", choices=MODALITIES, help="needed if names do not show it; leaves others out")
     args = parser.parse_args(argv)
     return run_command("check", lambda: run(args))
 

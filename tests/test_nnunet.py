@@ -66,11 +66,14 @@ def test_a_dataset_json_that_makes_no_sense_is_named(content, message, tmp_path)
 
 
 @pytest.mark.parametrize(
-    "value", [0, -1, 10**30, float("inf"), float("nan"), "six", None, [], [[]], [3, 0]]
+    "value", [0, -1, 10**30, float("inf"), float("nan"), "six", None, [], [[]], [3, 0], 1.5]
 )
 def test_a_label_value_that_cannot_be_is_refused(value, tmp_path):
     nnunet_with(tmp_path, {"liver": value})
     with pytest.raises(DataError, match="dataset.json: cannot be read"):
+        find_cases(tmp_path)
+    nnunet_with(tmp_path, {"liver": 1.0, "other": 1.5})
+    with pytest.raises(DataError, match=r"label other is \(1.5,\); expected whole numbers, 1 to"):
         find_cases(tmp_path)
 
 
