@@ -86,8 +86,12 @@ def segment(model: nn.Module, image: np.ndarray, patch: int, size: Sequence[int]
 
 
 def copy_to_cpu(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A copy of a network's weights on the CPU."""
-    return {key: w.to("cpu", copy=True) for key, w in weights.items()}
+    """A copy of a network's weights, which leave a GPU in one piece."""
+    if all(w.device.type == "cpu" for w in weights.values()):
+        return {key: w.clone() for key, w in weights.items()}
+    packed = torch.cat([w.flatten() for w in weights.values()]).cpu()
+    parts = packed.split([w.numel() for w in weights.values()])
+    return {k: part.view(w.shape) for (k, w), part in zip(weights.items(), parts, strict=True)}
 
 
 def load_model(path: Path, device: torch.device) -> tuple[nn.Module, dict]:

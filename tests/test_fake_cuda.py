@@ -170,6 +170,7 @@ def test_a_round_and_its_validation_end_on_the_cpu(watch, everyone):
     [checkpoint] = fedgin.train_arm(CONFIG, training, clients, held_out, GPU)
     weights = checkpoint.best_weights
     assert {w.device.type for w in weights.values()} == {"cpu"}
+    assert len({w.untyped_storage()._cdata for w in weights.values()}) == 1  # a single copy
 
 
 def test_the_test_of_a_case_waits_for_its_lowest_voxel_and_its_labels(watch, model, everyone):
