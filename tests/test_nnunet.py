@@ -87,8 +87,14 @@ def test_a_label_to_ignore_is_refused(name, tmp_path):
 @pytest.mark.parametrize(
     ("channel", "modality"),
     [
-        *((name, "ct") for name in ("CT", "ct", "CT (HU)", "spectral CT", "greyscale CT")),
-        *((name, "mri") for name in ("MRI", "T2", "t1", "T1_in_phase", "MR-T2-SPIR", "GRE")),
+        *(
+            (name, "ct")
+            for name in ("CT", "ct", "CT (HU)", "CT_venous", "spectral CT", "greyscale CT")
+        ),
+        *(
+            (name, "mri")
+            for name in ("MRI", "T2", "t1", "T1_in_phase", "MR-T2-SPIR", "FLAIR", "GRE")
+        ),
     ],
 )
 def test_channel_names_tell_the_modality(channel, modality, tmp_path):
