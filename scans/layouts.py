@@ -87,18 +87,18 @@ def find_cases(
     if twice:
         raise DataError(f"{root}: two cases have the id {twice[0]}; rename or remove one of them")
     splits, warnings = read_splits(root, {c.id for c in kept}, name) if split else ({}, [])
-    more = (*warnings, *_warn_of_unread(root, cases))
+    more = (*warnings, *_warn_of_unread(root, cases, name))
     return [c._replace(split=splits.get(c.id, c.split), warnings=c.warnings + more) for c in kept]
 
 
-def _warn_of_unread(root: Path, cases: Sequence[Case]) -> list[str]:
+def _warn_of_unread(root: Path, cases: Sequence[Case], layout: str) -> list[str]:
     """Warnings of what lies beside the cases of a folder and is not read."""
     unread = {"splits_final.json": "a meta.csv gives the split"}
     unread["labelsTs"] = "a meta.csv can give cases in imagesTr and labelsTr to the test"
     warnings = [f"{root}/{k}: not read; {v}" for k, v in unread.items() if (root / k).exists()]
     used = {f for case in cases for f in (case.image, *case.label_files(tuple(case.masks)))}
     folders = {file.parent for file in used}
-    if not cases[0].values:  # TotalSegmentator's layout, whose masks are looked at there
+    if layout == "totalsegmentator":  # which looks at masks itself
         folders = {root, *(f for f in names_in(root).values() if os.access(f, os.R_OK))}
     there = [f for folder in folders for f in names_in(folder).values() if f not in used]
     odd = sorted(f for f in there if re.search(r"(?<!segmentations)\.nii", f.name.lower()))

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 WANTING = re.compile(  # what a RuntimeError says
     r"can't allocate memory|not enough memory"  # on a CPU: Linux, Windows
-    r"|Storage size calculation overflowed"  # even more
+    r"|Storage size calculation overflowed"  # more bytes than 64 bits can count
     r"|out of memory|STATUS_ALLOC_FAILED"  # CUDA; cuBLAS and cuDNN
     # cuDNN's search for a plan passes over those that find no memory, until none is left.
     r"|(FIND|GET) was unable to find an engine"
@@ -42,7 +42,7 @@ def free_memory(root: Path = Path("/")) -> float:
         top = root / "sys/fs/cgroup" / place
         for name in re.findall(line, groups, re.MULTILINE):
             for folder in (top / name.strip("/"), *(top / name.strip("/")).parents):
-                with contextlib.suppress(OSError, ValueError, TypeError):  # "max": no limit
+                with contextlib.suppress(OSError, ValueError):  # "max": no limit
                     statistics = (folder / "memory.stat").read_text()
                     [files] = re.findall(r"^inactive_file (\d+)", statistics, re.MULTILINE)
                     taken = int((folder / f"memory.{used}").read_text()) - int(files)

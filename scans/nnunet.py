@@ -34,6 +34,7 @@ def read_dataset_json(
         for name, values in labels.items():
             if not (values and all(n in range(name in wanted, 2**16) for n in values)):
                 raise ValueError(f"label {name} is {values}; expected whole numbers, 1 to 65535")
+            labels[name] = tuple(map(int, values))  # 1.0 is 1
     if "ignore" in map(spelling, labels):
         what = "has a label 'ignore', whose voxels would be trained and scored on as background"
         raise DataError(f"{file}: {what}; take it out of labels if no voxel has it")

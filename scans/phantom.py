@@ -9,8 +9,8 @@ are no substitute for patients, and a Dice measured on them says nothing about a
     image, labels = make_phantom(42, "ct", 0, scanner="unseen")  # another patient and scanner
 
 Hospitals train on the seen scanner. The unseen one is for testing, like AMOS22 for a network that
-trained on TotalSegmentator; its anatomy has the same distribution. It was set from the literature
-(named in docs/phantoms.md and beside the renderers) before any network had seen it:
+trained on TotalSegmentator; its anatomy has the same distribution. It was set before any network
+had seen it, from the literature where there is some (see docs/phantoms.md and the renderers):
 
                                seen                        unseen
     CT contrast phase          portal venous               native, late arterial or delayed

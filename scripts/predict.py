@@ -50,15 +50,12 @@ def find_scans(
         found = [file for name, file in names.items() if name.endswith(ENDINGS)]
         if path.is_dir() and not found:
             cases = find_cases(path, modality, layout, organs, split=False)
+            unread = [file for name, file in names.items() if name == "imagesTs"]
         else:
             cases = [case_of_file(file, modality) for file in found or [path]]
-        read = (
-            {"segmentations", *(file.name for file in found)}
-            if found
-            else names.keys() - {"imagesTs"}
-        )
-        odd = {name: file for name, file in names.items() if name not in read}
-        if unread := [f for name, f in odd.items() if f.is_dir() or ".nii" in name.lower()]:
+            others = [f for f in names.values() if f not in found and f.name != "segmentations"]
+            unread = [file for file in others if file.is_dir() or ".nii" in file.name.lower()]
+        if unread:
             what = f"{files.listed(unread)}: not read; name such a folder with --images too"
             cases = [case._replace(warnings=(*case.warnings, what)) for case in cases]
         folder = f"{path.resolve().name or 'root'}/" if path.is_dir() and len(paths) > 1 else ""

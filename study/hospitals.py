@@ -88,10 +88,8 @@ def _notes(left_out: Iterable[str], warnings: Iterable[str]) -> list[str]:
 def check_modalities(needed: Iterable[str], held: Collection[str]) -> None:
     for modality in needed:
         if modality not in held:
-            raise DataError(
-                f"there are no {modality.upper()} training cases, and an arm needs some; give "
-                f"folders with --{modality} or choose other --arms"
-            )
+            what = f"there are no {modality.upper()} training cases, and an arm needs some"
+            raise DataError(f"{what}; give folders with --{modality} or choose other --arms")
 
 
 def find_sources(config: Config) -> list[Source]:

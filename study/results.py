@@ -1,7 +1,6 @@
 """A run is a folder of trainings: what is in it, and the tables made of it.
 
-docs/runs.md lists the files. A missing file means that its step has not been done. Files are
-whole or absent.
+docs/runs.md lists the files. Each is whole or absent; one that is missing was not made yet.
 """
 
 import contextlib

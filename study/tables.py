@@ -1,6 +1,6 @@
 """The tables that a run ends with: scores averaged over cases, organs and seeds.
 
-A number is the mean over organs of each organ's mean over cases; ± is the sample standard deviation
+A metric is the mean over organs of each organ's mean over cases; ± is the sample standard deviation
 over seeds. A score is a dict with the keys of SCORE; what is not scored has NaN for its metrics.
 """
 
@@ -21,7 +21,7 @@ SCORE = (*TRAINING, "hospital", "scanner", "case", "modality", "organ", "outcome
 COUNTS = ("scored", "missed", "absent")  # added up over seeds, never averaged
 SCANNERS = ("seen", "unseen")  # scanners of the hospitals that train, and others
 Score = Mapping[str, Any]
-Cell = tuple[float, float]  # a mean and its deviation over seeds
+Cell = tuple[float, float]  # a mean, or a count, and its deviation over seeds
 
 
 def mean(values: Iterable[float]) -> float:
@@ -86,10 +86,10 @@ def screen(scores: Sequence[Score], organs: Sequence[str]) -> str:
     columns = [(s, m) for s in parts for m in ("mri", "ct") if (s, m) in tested]
     rows = [["Dice", *(f"{m.upper()} {scanner}" for scanner, m in columns), "missed"]]
     summaries = {scanner: summarize(part, organs) for scanner, part in parts.items()}
-    missed = Counter(training_of(s).label for s in scores if s["outcome"] == "missed")
     for label in dict.fromkeys(training_of(score).label for score in scores):
         dices = [_cell(summaries[scanner][label]["dice", m]) for scanner, m in columns]
-        rows.append([label, *dices, str(missed[label])])
+        missed = sum(summaries[scanner][label]["missed", m][0] for scanner, m in columns)
+        rows.append([label, *dices, str(missed)])
     first = next(iter(parts), "")
     compared = comparisons(parts.get(first, []), f", {first}")
     return "\n\n".join(filter(None, [_markdown(rows), compared]))

@@ -29,7 +29,7 @@ ALONE = {  # what they may import, beside the standard library
 }
 # Lines at most, blank ones and docstrings included.
 LINES_OF_THE_SIX = 1250
-LINES_OF_THE_PACKAGES = 3697
+LINES_OF_THE_PACKAGES = 3696
 LINES_OF_A_FILE = 280
 LINES_OF_THE_EXPERIMENT = 330  # fedgin.py
 LINES_OF_A_FUNCTION = 40
